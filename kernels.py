@@ -1,0 +1,193 @@
+"""Per-token log-probabilities of a language-model head, without the logits.
+
+The problem. log p(target | hidden) = z[target] - logsumexp(z) with z = W hidden needs one number per token, but the plain
+way makes V of them: at 4096 tokens and a vocabulary of 152,064 that is 2.5 GB per fp32 copy of the logits, and log-softmax
+and its gradient want several copies. Nothing of that is needed at once.
+
+Forward. Walk over the vocabulary in blocks. A vendor GEMM makes the block's logits, a tile (T, BLOCK) in fp32; a row kernel
+folds the tile into three running numbers per token and the tile is overwritten by the next block:
+
+    m' = max(m, max_j z_j)        s' = s exp(m - m') + sum_j exp(z_j - m')        t' = z[target] if it is in the block, else t
+    log p = t - (m + log s)       starting from m = -inf, s = 0
+
+Backward. With g = dL/dlogp, and the tile made again (4 T V D more FLOPs cheaper than keeping T x V numbers):
+
+    dz_j = g (1[j = target] - exp(z_j - lse))     dW_block = dz^T hidden     dhidden += dz W_block
+
+Each row of dW is written exactly once: no accumulator, no atomics, the same result every time. 8 T V D FLOPs in all, 6 of
+which any method needs. Every vocabulary entry takes part; skipping "small" ones would bias dW.
+
+The row kernels read a tile once (4 T V bytes over all blocks), which is 4 / D of a GEMM's work: they are not what costs.
+The logits stay fp32 all the way; bf16 logits would put 0.02-0.04 nats of noise on every token.
+
+This file needs torch and triton only. Copy it, call `linear_logps`, and build any loss on what it returns.
+Letters: T tokens, D hidden size, V vocabulary. A `d` in front is the gradient of the loss with respect to the thing.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 8448  # vocabulary rows per tile: 18 x 8448 = 152,064 (Qwen2), and 33 x 256 columns fill whole waves on 132 SMs
+BLOCK_CPU = 2048  # a tile that stays in the caches
+
+
+def linear_logps(
+    hidden: Tensor,   # (T, D) fp32, bf16 or fp16; T may be 0
+    weight: Tensor,   # (V, D) same dtype and device
+    targets: Tensor,  # (T,) integers in [0, V)
+) -> Tensor:          # (T,) fp32
+    """log softmax(hidden @ weight.T)[targets], in nats, differentiable in hidden and weight.
+
+    Beyond inputs, result and gradients it holds, whatever V is, at most (forward and backward alike)
+
+        T * BLOCK * (4 + itemsize) + 2 T * D * 4 bytes          on CUDA: BLOCK columns of logits and gradient; fp32 dhidden
+        T * BLOCK_CPU * 4 + 2 (T + BLOCK_CPU) * D * 4 bytes     on CPU: the same, and fp32 copies of bf16 or fp16 operands
+
+    and a few numbers per token.
+
+    Matrix products are the vendor's (bf16/fp16 operands, fp32 accumulation and result); the rest are Triton kernels on CUDA,
+    and also on CPU under TRITON_INTERPRET=1. On CPU otherwise it is plain torch over the same blocks.
+    Each gradient is computed only if its input requires it. Double backward is not supported.
+    Raises ValueError if shapes, dtypes or devices do not fit or a target is outside [0, V). (That last check waits for the
+    device once per call.)
+    """
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden must be (T, D) and weight (V, D), got {tuple(hidden.shape)} and {tuple(weight.shape)}")
+    if 0 in weight.shape:
+        raise ValueError(f"weight must not be empty, got {tuple(weight.shape)}")
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"targets must be (T,) = ({hidden.shape[0]},), got {tuple(targets.shape)}")
+    if hidden.dtype != weight.dtype or hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"hidden and weight must both be fp32, bf16 or fp16, got {hidden.dtype} and {weight.dtype}")
+    if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
+        raise ValueError(f"targets must be integers, got {targets.dtype}")
+    if not hidden.device == weight.device == targets.device:
+        raise ValueError("hidden, weight and targets must be on one device, got "
+                         f"{hidden.device}, {weight.device} and {targets.device}")
+    if len(targets):
+        low, high = torch.stack(targets.aminmax()).tolist()
+        if low < 0 or high >= len(weight):
+            raise ValueError(f"targets must be in [0, V) = [0, {len(weight)}), got {low} to {high}")
+    with torch.autocast(hidden.device.type, enabled=False):  # it would round the fp32 logits
+        return _LinearLogps.apply(hidden, weight, targets)
+
+
+# ------------------------------------------------------------------------------------------------------- Triton kernels
+# One program per token. `tile` is (T, width) fp32 and contiguous; `start` is the vocabulary index of its first column.
+
+
+@triton.jit
+def _fold_kernel(tile, targets, maximum, total, target_logit, start, width, CHUNK: tl.constexpr):
+    """Fold one tile into the running maximum m, the sum of exponentials s = `total` and the target's logit, each (T,)."""
+    row = tl.program_id(0).to(tl.int64)
+    m, s = tl.load(maximum + row), tl.load(total + row)
+    for offset in range(0, width, CHUNK):
+        column = offset + tl.arange(0, CHUNK)
+        z = tl.load(tile + row * width + column, mask=column < width, other=float("-inf"))
+        new_m = tl.maximum(m, tl.max(z, 0))
+        s = s * tl.exp(m - new_m) + tl.sum(tl.exp(z - new_m), 0)
+        m = new_m
+    tl.store(maximum + row, m)
+    tl.store(total + row, s)
+    target = tl.load(targets + row) - start
+    if (target >= 0) & (target < width):
+        tl.store(target_logit + row, tl.load(tile + row * width + target))
+
+
+@triton.jit
+def _dtile_kernel(tile, targets, lse, dlogps, dtile, start, width, CHUNK: tl.constexpr):
+    """dtile = dlogps * (onehot(target) - exp(tile - lse)), in the dtype of `dtile`, which may be `tile` itself."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    z = tl.load(tile + row * width + column, mask=column < width)
+    onehot = (column == tl.load(targets + row) - start).to(tl.float32)
+    dz = tl.load(dlogps + row) * (onehot - tl.exp(z - tl.load(lse + row)))
+    tl.store(dtile + row * width + column, dz.to(dtile.dtype.element_ty), mask=column < width)
+
+
+_INTERPRETED = not isinstance(_fold_kernel, triton.JITFunction)  # TRITON_INTERPRET=1 was set when triton was imported
+_CHUNK = 2048
+
+
+# --------------------------------------------------------------------------------------------------- one tile at a time
+
+
+def _logits(hidden: Tensor, block: Tensor) -> Tensor:  # (T, D), (width, D) -> (T, width) fp32
+    if hidden.dtype == torch.float32:
+        return hidden @ block.T
+    return torch.mm(hidden, block.T, out_dtype=torch.float32)
+
+
+def _operand(x: Tensor) -> Tensor:
+    """What the GEMMs read: half-precision GEMMs with an fp32 result exist on CUDA only, so a CPU widens its operands."""
+    return x if x.is_cuda else x.float()
+
+
+def _blocks(weight: Tensor):
+    """(start, rows [start, start + width) of weight), block by block."""
+    width = BLOCK if weight.is_cuda else BLOCK_CPU
+    for start in range(0, len(weight), width):
+        yield start, _operand(weight[start:start + width])
+
+
+def _fold(tile: Tensor, targets: Tensor, state: tuple[Tensor, Tensor, Tensor], start: int) -> None:
+    if tile.is_cuda or _INTERPRETED:
+        _fold_kernel[(len(tile),)](tile, targets, *state, start, tile.shape[1], CHUNK=_CHUNK)
+        return
+    maximum, total, target_logit = state
+    here = ((targets >= start) & (targets < start + tile.shape[1])).nonzero()[:, 0]
+    target_logit[here] = tile[here, targets[here] - start]
+    new_maximum = torch.maximum(maximum, tile.amax(1))
+    total.mul_((maximum - new_maximum).exp_()).add_(tile.sub_(new_maximum[:, None]).exp_().sum(1))
+    maximum.copy_(new_maximum)
+
+
+def _dtile(tile: Tensor, targets: Tensor, lse: Tensor, dlogps: Tensor, start: int, dtype: torch.dtype) -> Tensor:
+    if tile.is_cuda or _INTERPRETED:
+        dtile = tile if dtype == torch.float32 else torch.empty_like(tile, dtype=dtype)
+        grid = (len(tile), triton.cdiv(tile.shape[1], _CHUNK))
+        _dtile_kernel[grid](tile, targets, lse, dlogps, dtile, start, tile.shape[1], CHUNK=_CHUNK)
+        return dtile
+    here = ((targets >= start) & (targets < start + tile.shape[1])).nonzero()[:, 0]
+    dtile = tile.sub_(lse[:, None]).exp_().mul_(-dlogps[:, None])
+    dtile[here, targets[here] - start] += dlogps[here]
+    return dtile
+
+
+class _LinearLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        targets = targets.long().contiguous()
+        maximum = hidden.new_full((len(hidden),), float("-inf"), dtype=torch.float32)  # not 0: all logits may be below it
+        total, target_logit = torch.zeros_like(maximum), torch.zeros_like(maximum)
+        if len(hidden):
+            operand = _operand(hidden)
+            for start, block in _blocks(weight):
+                _fold(_logits(operand, block), targets, (maximum, total, target_logit), start)
+        lse = maximum + total.log()
+        ctx.save_for_backward(hidden, weight, targets, lse)
+        return target_logit - lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dlogps: Tensor):
+        hidden, weight, targets, lse = ctx.saved_tensors
+        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        dhidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
+        dweight = (torch.empty_like if len(hidden) else torch.zeros_like)(weight) if needs_weight else None
+        if len(hidden):
+            dlogps, operand = dlogps.contiguous(), _operand(hidden)
+            for start, block in _blocks(weight):
+                dtile = _dtile(_logits(operand, block), targets, lse, dlogps, start, operand.dtype)
+                if needs_weight and dweight.dtype == dtile.dtype:
+                    torch.mm(dtile.T, operand, out=dweight[start:start + len(block)])
+                elif needs_weight:
+                    dweight[start:start + len(block)] = dtile.T @ operand
+                if needs_hidden and dtile.dtype == torch.float32:
+                    dhidden.addmm_(dtile, block)
+                elif needs_hidden:
+                    dhidden += torch.mm(dtile, block, out_dtype=torch.float32)
+                del dtile  # before the next tile is made, so that there is never a second one
+        return dhidden.to(hidden.dtype) if needs_hidden else None, dweight, None
