@@ -54,7 +54,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from data import (
     INSTRUCTION,
@@ -120,11 +120,13 @@ class Config:
             value, choices = getattr(self, field.name), field.metadata.get("choices")
             if choices and value is not None and value not in choices:
                 raise InputError(f"--{field.name} must be one of {', '.join(choices)}, got {value!r}")
-        for name, low in dict(beta=0, learning_rate=0, batch_size=0, tokens_per_micro_batch=0, epochs=0, max_length=0,
-                              max_grad_norm=0, eval_every=0, max_steps=-1, save_every=-1, warmup_ratio=-1e-9).items():
-            if not low < getattr(self, name) < math.inf:
-                raise InputError(f"--{name.replace('_', '-')} must be above {max(low, 0) if low > -1 else 'or equal 0'}"
-                                 f", got {getattr(self, name)}")
+        for name in ("beta", "learning_rate", "batch_size", "tokens_per_micro_batch", "epochs", "max_length",
+                     "max_grad_norm", "eval_every"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name)}")
+        for name in ("max_steps", "save_every", "warmup_ratio"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"--{name.replace('_', '-')} must be 0 or above, got {getattr(self, name)}")
 
 
 # ------------------------------------------------------------------------------------------------------------ the loss
@@ -237,7 +239,8 @@ def parameters_on_meta() -> Iterator[None]:
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter if parameter is None else nn.Parameter(parameter.to("meta")))
+        known = parameter is None or parameter.is_meta  # being tied: must stay the same object
+        register(module, name, parameter if known else nn.Parameter(parameter.to("meta")))
 
     nn.Module.register_parameter = register_on_meta
     try:
@@ -269,8 +272,8 @@ def shard(policy: Policy, config: Config, device: torch.device) -> None:
     tied = embedding.weight is head.weight
     if not tied:
         wrap(embedding)
-        wrap(head, reshard_after_forward=False)  # its backward comes next
-    wrap(policy)
+        wrap(head)
+    wrap(policy, reshard_after_forward=True)  # else a pass without gradients would leave gathered parameters behind
     home = torch.device("cpu") if config.offload else device
     policy._apply(lambda tensor: torch.empty_like(tensor, device=home) if tensor.is_meta else tensor)
     if tied:
@@ -324,7 +327,7 @@ def load(policy: Policy, path: str) -> None:
                 tensor.copy_(rows[...])
 
 
-def export(policy: Policy, tokenizer: Any, source: str, path: str, shard_bytes: int = 5 * 10**9) -> None:
+def export(policy: Policy, source: str, path: str, shard_bytes: int = 5 * 10**9) -> None:
     """Write an ordinary Hugging Face folder, in the dtype the model came in; complete or absent, never half."""
     names = {parameter: name for name, parameter in reversed(list(policy.model.state_dict(keep_vars=True).items()))}
     itemsize, sizes, parts = policy.export_dtype.itemsize, [0], [[]]
@@ -351,11 +354,9 @@ def export(policy: Policy, tokenizer: Any, source: str, path: str, shard_bytes: 
         if len(parts) > 1:
             write_json(os.path.join(path + ".tmp", "model.safetensors.index.json"),
                        {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
-        policy.model.config.dtype = policy.export_dtype
-        policy.model.config.save_pretrained(path + ".tmp")
-        tokenizer.save_pretrained(path + ".tmp")
-        if os.path.exists(os.path.join(source, "generation_config.json")):
-            GenerationConfig.from_pretrained(source).save_pretrained(path + ".tmp")
+        for file in os.listdir(source):  # configuration, tokenizer, chat template: byte for byte
+            if file.endswith((".json", ".jinja", ".txt", ".model")) and not file.endswith(".index.json"):
+                shutil.copy(os.path.join(source, file), path + ".tmp")
         shutil.rmtree(path, ignore_errors=True)
         os.rename(path + ".tmp", path)
     dist.barrier()
@@ -606,7 +607,7 @@ def train(config: Config) -> None:
     bar.close()
     if held_out and first < steps:
         evaluate(steps)
-    export(policy, tokenizer, path, os.path.join(out, "model"))
+    export(policy, path, os.path.join(out, "model"))
     seconds = time.time() - began
     say(f"finished    {steps - first} optimizer steps, {seen} pairs in {seconds / 60:.1f} min ({seen / seconds:.2f} pairs/s)\n"
         f"            metrics in {metrics_file}, model in {os.path.join(out, 'model')}")

@@ -32,6 +32,7 @@ import data  # noqa: E402
 import kernels  # noqa: E402
 import stepdpo  # noqa: E402
 
+kernels._INTERPRETED = False  # plain torch, but where a test asks for the interpreter
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "TRITON_INTERPRET": "0"}  # of child processes
 needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
@@ -73,11 +74,6 @@ def test_loss_refuses_bad_arguments():
 
 
 # ---------------------------------------------------------------------------------------------------------- the kernel
-
-
-@pytest.fixture(autouse=True)
-def plain_torch_unless_asked(monkeypatch):
-    monkeypatch.setattr(kernels, "_INTERPRETED", False)
 
 
 @pytest.fixture(params=[
@@ -501,3 +497,403 @@ def test_attention_rule_by_hand():
                     [0, 0, 0, 0, 0, 1, 0, 1]]
     windowed = data.may_attend(batch, window=2)(0, 0, index[:, None], index[None, :]).int()
     assert windowed[3].tolist() == [0, 0, 1, 1, 0, 0, 0, 0] and windowed[4].tolist() == [0, 1, 0, 0, 1, 0, 0, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------- the policy
+
+FAMILIES = {
+    "qwen2-tied": (transformers.Qwen2Config, dict(tie_word_embeddings=True)),
+    "qwen2": (transformers.Qwen2Config, dict(tie_word_embeddings=False)),
+    "qwen2-windows": (transformers.Qwen2Config, dict(use_sliding_window=True, sliding_window=20, max_window_layers=1)),
+    "qwen3": (transformers.Qwen3Config, dict(head_dim=8)),
+    "llama": (transformers.LlamaConfig, {}),
+    "mistral": (transformers.MistralConfig, dict(sliding_window=None)),
+    "mistral-window": (transformers.MistralConfig, dict(sliding_window=20)),  # shorter than the pairs
+}
+
+
+def make_model(family: str, **changes):
+    """A tiny random model with weights large enough that a wrong mask changes everything."""
+    kind, options = FAMILIES[family]
+    config = kind(**dict(vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, initializer_range=0.2, eos_token_id=1) | options | changes)
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+def separate_logps(model, pairs) -> torch.Tensor:
+    """(2, B) with a plain forward over each sequence alone: the truth."""
+    sums = []
+    for pair, step in ((p, s) for k in (1, 2) for p, s in ((p, p[k]) for p in pairs)):
+        ids = torch.tensor([pair.prefix + step])
+        logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        sums.append(logps[len(pair.prefix) - 1:].sum())
+    return torch.stack(sums).view(2, -1)
+
+
+@pytest.mark.parametrize("share_prefix", [True, False], ids=["shared", "separate"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_logps_and_gradients_equal_those_of_separate_sequences(tokenizer, family, share_prefix):
+    pairs, results = make_pairs(tokenizer, 5), []
+    for packed in (True, False):
+        model = make_model(family)
+        if packed:
+            batch = data.pack(pairs, share_prefix, multiple_of=64)
+            logps = stepdpo.step_logps(stepdpo.Policy(model, share_prefix)(batch), batch)
+        else:
+            logps = separate_logps(model, pairs)
+        stepdpo.step_dpo_loss(*logps, *torch.full((2, 5), -60.0), 0.1)[0].sum().backward()
+        results.append((logps.detach(), {n: p.grad for n, p in model.named_parameters()}))
+    (ours, gradients), (truth, true_gradients) = results
+    torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-4)
+    for name, gradient in true_gradients.items():
+        size = gradient.abs().max()
+        assert (gradients[name] - gradient).abs().max() <= 1e-4 * size + 1e-6, name
+
+
+def test_flex_attention_is_given_the_same_mask_as_sdpa(tokenizer):
+    from torch.nn.attention.flex_attention import create_mask
+    batch = data.pack(make_pairs(tokenizer, 4), multiple_of=128)
+    policy = stepdpo.Policy(make_model("qwen2"), True)
+    sdpa = policy.attention_mask(batch)
+    policy.config._attn_implementation = "flex_attention"
+    flex = policy.attention_mask(batch)
+    length = batch.input_ids.shape[1]
+    assert flex.shape == (1, 1, length, length)
+    assert (create_mask(flex.mask_mod, 1, 1, length, length, device="cpu") == sdpa).all()
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(final_logit_softcapping=30.0), "final_logit_softcapping = 30.0"),
+    (dict(logits_scaling=8.0), "logits_scaling = 8.0"),
+    (dict(logit_scale=0.06), "logit_scale = 0.06"),
+])
+def test_models_that_change_their_logits_are_refused_by_name(change, message):
+    with pytest.raises(data.InputError, match=message):
+        stepdpo.Policy(make_model("llama", **change), True)
+
+
+def test_heads_with_a_bias_are_refused():
+    model = make_model("llama")
+    model.lm_head = torch.nn.Linear(32, 400, bias=True)
+    with pytest.raises(data.InputError, match="without bias"):
+        stepdpo.Policy(model, True)
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+@pytest.fixture(scope="session")
+def workplace(tokenizer, tmp_path_factory):
+    """A folder with model folders named like FAMILIES, pairs.jsonl (20 rows) and eval.jsonl (7 others)."""
+    folder = tmp_path_factory.mktemp("work")
+    for family in ("qwen2", "qwen2-tied", "mistral-window"):
+        make_model(family).save_pretrained(folder / family)
+        tokenizer.save_pretrained(folder / family)
+    rows = make_rows(27)
+    write_jsonl(folder / "pairs.jsonl", rows[:20]), write_jsonl(folder / "eval.jsonl", rows[20:])
+    os.environ["STEPDPO_CACHE"] = str(folder / "cache")
+    return folder
+
+
+def make_config(workplace, out, **changes) -> stepdpo.Config:
+    options = dict(model=str(workplace / "qwen2"), data=str(workplace / "pairs.jsonl"), output_dir=str(out), batch_size=7,
+                   epochs=2, learning_rate=2e-4, tokens_per_micro_batch=600, dtype="float32")
+    return stepdpo.Config(**options | changes)
+
+
+def arguments(config: stepdpo.Config) -> list[str]:
+    result = []
+    for name, value in vars(config).items():
+        if isinstance(value, bool):
+            result.append(f"--{'' if value else 'no-'}{name}")
+        elif value is not None:
+            result.append(f"--{name}={value}")
+    return result
+
+
+def read_metrics(out) -> list[dict]:
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(out) -> list[float]:
+    return [line["loss"] for line in read_metrics(out) if "loss" in line]
+
+
+def launch(config: stepdpo.Config, processes: int) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port",
+               str(29600 + os.getpid() % 1000 + processes)] if processes > 1 else [sys.executable]
+    return subprocess.Popen([*command, "stepdpo.py", *arguments(config)], cwd=HERE, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, env=ENVIRONMENT | {"STEPDPO_CACHE": os.environ["STEPDPO_CACHE"]})
+
+
+def naive_training(config: stepdpo.Config) -> list[float]:
+    """The same optimizer steps as plainly as can be: whole logits, one sequence at a time, two models."""
+    policy, reference = (transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).eval()
+                         for _ in range(2))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
+    pairs, _ = data.encode(data.read_rows(config.data), tokenizer, "chat", None, config.span, 1024)
+    plan = data.schedule(len(pairs), config.batch_size, config.epochs, config.seed)
+    optimizer, losses = torch.optim.AdamW(policy.parameters(), weight_decay=0.0), []
+    warmup = math.ceil(0.1 * len(plan))
+    for step, indices in enumerate(plan):
+        batch = [pairs[i] for i in indices]
+        (chosen, rejected), (ref_chosen, ref_rejected) = separate_logps(policy, batch), separate_logps(reference, batch).detach()
+        margin = config.beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+        loss = -torch.log(torch.sigmoid(margin)).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        shape = (step + 1) / (warmup + 1) if step < warmup else (1 + math.cos(math.pi * (step - warmup) / (len(plan) - warmup))) / 2
+        optimizer.param_groups[0]["lr"] = config.learning_rate * shape
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.fixture(scope="session")
+def run(workplace):
+    """One whole run in this process, which other runs are compared with."""
+    out = workplace / "run"
+    stepdpo.train(make_config(workplace, out, eval_data=str(workplace / "eval.jsonl"), eval_every=3))
+    return out
+
+
+def test_training_equals_a_naive_trainer_step_by_step(workplace, run):
+    naive = naive_training(make_config(workplace, run))
+    assert naive[0] == pytest.approx(math.log(2), abs=1e-6) and naive[-1] < 0.6  # it does learn
+    assert losses_of(run) == pytest.approx(naive, abs=1e-5)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(span="solution"),
+    dict(tokens_per_micro_batch=400),
+    dict(share_prefix=False),
+    dict(activation_checkpointing=False, model="qwen2-tied"),
+    dict(model="mistral-window"),
+], ids=str)
+def test_training_equals_a_naive_trainer_whatever_the_options(workplace, tmp_path, changes):
+    changes = changes | {"model": str(workplace / changes.get("model", "qwen2"))}
+    config = make_config(workplace, tmp_path / "out", epochs=1, **changes)
+    stepdpo.train(config)
+    assert losses_of(tmp_path / "out") == pytest.approx(naive_training(config), abs=1e-5)
+
+
+def test_metrics_have_their_names_and_say_what_happened(workplace, run):
+    lines = read_metrics(run)
+    steps, evals = [x for x in lines if "loss" in x], [x for x in lines if "eval/loss" in x]
+    assert [x["step"] for x in steps] == list(range(6)) and [x["step"] for x in evals] == [0, 3, 6]
+    assert set(steps[0]) == {"step", *stepdpo.METRICS, "grad_norm", "lr", "tokens_per_second", "pairs_per_second"}
+    assert set(evals[0]) == {"step", *(f"eval/{name}" for name in stepdpo.METRICS)}
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and abs(steps[0]["rewards/margins"]) < 1e-4
+    assert steps[-1]["rewards/margins"] > 0.05 and evals[-1]["eval/loss"] < evals[0]["eval/loss"]
+    for x in steps:
+        assert x["rewards/margins"] == pytest.approx(x["rewards/chosen"] - x["rewards/rejected"], abs=1e-6)
+    assert [x["lr"] for x in steps][:2] == pytest.approx([1e-4, 2e-4])  # the rate that this very step used
+    record = json.loads((run / "run.json").read_text())
+    assert record["config"]["beta"] == 0.4 and record["versions"]["torch"] == torch.__version__
+
+
+def test_the_first_logged_gradient_norm_is_before_clipping(workplace, tokenizer, tmp_path):
+    stepdpo.train(make_config(workplace, tmp_path, max_steps=1, max_grad_norm=1e-3))
+    assert read_metrics(tmp_path)[0]["grad_norm"] > 0.1
+
+
+def test_the_exported_model_is_an_ordinary_folder_with_the_trained_weights(workplace, run):
+    before = transformers.AutoModelForCausalLM.from_pretrained(workplace / "qwen2", dtype=torch.float32)
+    after, info = transformers.AutoModelForCausalLM.from_pretrained(run / "model", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert after.dtype == torch.float32
+    moved = [(a - b).abs().max() for a, b in zip(after.parameters(), before.parameters(), strict=True)]
+    assert 0 < max(moved) < 0.05
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "model")
+    pairs, _ = data.encode(data.read_rows(str(workplace / "eval.jsonl")), tokenizer, "chat", None, "step", 1024)
+    logged = [x for x in read_metrics(run) if "eval/loss" in x][-1]
+    with torch.no_grad():
+        assert separate_logps(after, pairs)[0].mean().item() == pytest.approx(logged["eval/logps/chosen"], abs=1e-3)
+    prompt = torch.tensor([pairs[0].prefix])
+    assert after.generate(prompt, max_new_tokens=3, do_sample=False).shape[1] > prompt.shape[1]
+
+
+def test_export_cuts_large_models_into_shards_and_keeps_the_dtype(workplace, tmp_path):
+    source = tmp_path / "source"
+    model = make_model("qwen2-tied").bfloat16()
+    model.save_pretrained(source)
+    stepdpo.start_processes()
+    config = make_config(workplace, tmp_path)
+    policy = stepdpo.build(str(source), config, torch.device("cpu"))
+    stepdpo.export(policy, str(source), str(tmp_path / "out"), shard_bytes=20_000)
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert again.dtype == torch.bfloat16
+    for (name, a), b in zip(again.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_buffers_that_no_checkpoint_holds_come_out_right(workplace):
+    stepdpo.start_processes()
+    config = make_config(workplace, "unused")
+    ours = stepdpo.build(config.model, config, torch.device("cpu")).model
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(config.model)
+    for (name, a), (other, b) in zip(ours.named_buffers(), theirs.named_buffers(), strict=True):
+        assert name == other and torch.equal(a, b)
+
+
+def test_any_number_of_processes_gives_the_same_losses(workplace, run, tmp_path):
+    for processes in (2, 4):
+        out = tmp_path / str(processes)
+        config = make_config(workplace, out, eval_data=str(workplace / "eval.jsonl"), eval_every=3)
+        child = launch(config, processes)
+        output, _ = child.communicate(timeout=200)
+        assert child.returncode == 0, output
+        for ours, theirs in zip(read_metrics(out), read_metrics(run), strict=True):
+            for key in ours.keys() - {"tokens_per_second", "pairs_per_second"}:
+                if key.endswith("accuracies") and ours["step"] == 0:
+                    continue  # margins of 0, so rounding decides
+                assert ours[key] == pytest.approx(theirs[key], abs=1e-5, rel=1e-5), (processes, key)
+        with safe_open(out / "model" / "model.safetensors", "pt") as a, safe_open(run / "model" / "model.safetensors", "pt") as b:
+            for name in b.keys():
+                torch.testing.assert_close(a.get_tensor(name), b.get_tensor(name), atol=2e-5, rtol=0)
+
+
+def test_a_preempted_run_saves_and_resumes_to_the_same_losses(workplace, run, tmp_path):
+    out = tmp_path / "out"
+    config = make_config(workplace, out, eval_data=str(workplace / "eval.jsonl"), eval_every=3, save_every=2)
+    child = launch(config, 1)
+    while not (out / "metrics.jsonl").exists() or len(losses_of(out)) < 3:
+        assert child.poll() is None, child.stdout.read()
+        time.sleep(0.01)
+    child.send_signal(signal.SIGTERM)
+    output, _ = child.communicate(timeout=100)
+    assert child.returncode == 128 + signal.SIGTERM and "--resume continues" in output
+    (saved,) = (out / "checkpoints").iterdir()  # only the newest is kept
+    assert not (out / "model").exists()
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 99, "loss": 1}\n{"torn')  # what a kill -9 after the checkpoint would leave
+    with pytest.raises(data.InputError, match="--beta 0.4 -> 0.3"):
+        stepdpo.train(make_config(workplace, out, resume=True, beta=0.3, eval_data=config.eval_data))
+    stepdpo.train(make_config(workplace, out, resume=True, eval_data=config.eval_data, eval_every=3))
+    assert 3 <= int(saved.name[-6:]) <= 6
+    for ours, theirs in zip(read_metrics(out), read_metrics(run), strict=True):
+        assert ours["step"] == theirs["step"]
+        assert [ours.get("loss"), ours.get("eval/loss")] == pytest.approx([theirs.get("loss"), theirs.get("eval/loss")], abs=1e-6)
+
+
+def test_reference_logps_are_cached_under_what_they_depend_on(workplace, tmp_path, capsys):
+    def said(**changes):
+        stepdpo.train(make_config(workplace, tmp_path / str(len(os.listdir(tmp_path))), max_steps=1, **changes))
+        return capsys.readouterr().out
+    os.environ["STEPDPO_CACHE"] = str(tmp_path / "cache")
+    try:
+        assert "log-probabilities computed" in said()
+        assert "log-probabilities from" in said(learning_rate=1e-4)
+        for changes in (dict(instruction="Think."), dict(span="solution"), dict(model=str(workplace / "qwen2-tied"))):
+            assert "log-probabilities computed" in said(**changes)
+    finally:
+        os.environ["STEPDPO_CACHE"] = str(workplace / "cache")
+
+
+def test_another_reference_model_moves_the_first_loss(workplace, tmp_path):
+    stepdpo.train(make_config(workplace, tmp_path, max_steps=1, reference=str(workplace / "qwen2-tied")))
+    assert abs(losses_of(tmp_path)[0] - math.log(2)) > 0.1
+
+
+def test_start_up_says_what_will_happen(workplace, tmp_path, capsys):
+    stepdpo.train(make_config(workplace, tmp_path, max_steps=1, max_length=110))
+    out = capsys.readouterr().out
+    for expected in ("Qwen2ForCausalLM", "dropped as longer than --max-length 110 (first: ", "sharing the prefix saves",
+                     "[[chosen> So 0 + 0 = 0<]]", "packed and plain log-probabilities differ by", "model in"):
+        assert expected in out
+
+
+def test_the_self_check_stops_a_run_whose_attention_ignores_the_mask(workplace, tmp_path, monkeypatch):
+    monkeypatch.setattr(stepdpo.Policy, "attention_mask", lambda self, batch: None)
+    with pytest.raises(data.InputError, match="Qwen2ForCausalLM with sdpa attention: packed .* use --no-share-prefix"):
+        stepdpo.train(make_config(workplace, tmp_path))
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_run_is_never_overwritten_and_resume_needs_a_checkpoint(workplace, run, tmp_path):
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(data.InputError, match="already holds a run; continue it with --resume"):
+        stepdpo.train(make_config(workplace, run))
+    with pytest.raises(data.InputError, match="no checkpoint"):
+        stepdpo.train(make_config(workplace, tmp_path, resume=True))
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(model="/nowhere"), "/nowhere: no such folder"),
+    (dict(tokens_per_micro_batch=100), r"pairs.jsonl:\d+: takes \d+ tokens, more than --tokens-per-micro-batch 100"),
+    (dict(reference="tokenizer"), "its vocabulary is not that of"),
+    (dict(model="pickled"), "only safetensors weights are loaded"),
+    (dict(model="headless"), "its tensors are not one to one those of Qwen2ForCausalLM"),
+], ids=lambda x: x if isinstance(x, str) else "")
+def test_bad_models_and_sizes_are_refused(workplace, tmp_path, changes, message):
+    for name in ("tokenizer", "pickled", "headless"):
+        shutil.copytree(workplace / "qwen2", tmp_path / name)
+    text = (tmp_path / "tokenizer/tokenizer.json").read_text()
+    (tmp_path / "tokenizer/tokenizer.json").write_text(text.replace('"<s>"', '"<t>"'))
+    (tmp_path / "pickled/model.safetensors").unlink()
+    from safetensors.torch import load_file, save_file
+    weights = load_file(tmp_path / "headless/model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "headless/model.safetensors")
+    changes = {k: str(tmp_path / v) if isinstance(v, str) and v[0] != "/" else v for k, v in changes.items()}
+    with pytest.raises(data.InputError, match=message):
+        stepdpo.train(make_config(workplace, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(workplace, tmp_path):
+    from safetensors.torch import load_file, save_file
+    shutil.copytree(workplace / "qwen2", tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    weights["lm_head.weight"][5] = float("nan")
+    save_file(weights, tmp_path / "model/model.safetensors")
+    with pytest.raises(data.InputError, match="nan"):
+        stepdpo.train(make_config(workplace, tmp_path / "out", model=str(tmp_path / "model")))
+
+
+# ---------------------------------------------------------------------------------------------------- the command line
+
+
+def test_flags_take_hyphens_underscores_and_files(tmp_path):
+    required = ["--model", "m", "--data", "d", "--output-dir", "o"]
+    config = stepdpo.parse([*required, "--learning_rate", "1e-6", "--no-share-prefix", "--max-length=7"])
+    assert (config.learning_rate, config.share_prefix, config.max_length) == (1e-6, False, 7)
+    (tmp_path / "args").write_text("# a recipe\n--model m --data d\n--output_dir 'a folder'  # comment\n--beta 0.5\n")
+    config = stepdpo.parse([f"@{tmp_path / 'args'}", "--beta", "0.3"])
+    assert (config.output_dir, config.beta) == ("a folder", 0.3)
+    defaults = stepdpo.parse(required)
+    assert (defaults.learning_rate, defaults.beta, defaults.batch_size, defaults.epochs, defaults.warmup_ratio) == (
+        5e-7, 0.4, 128, 8, 0.1)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--model", "m"], "--data is required"),
+    (["--learn", "1"], "unrecognized arguments"),
+    (["--beta", "0"], "--beta must be above 0, got 0.0"),
+    (["--epochs", "two"], "invalid int value: 'two'"),
+    (["--span", "word"], "invalid choice: 'word'"),
+    (["--max-steps", "-1"], "--max-steps must be 0 or above, got -1"),
+])
+def test_bad_flags_are_usage_errors(capsys, flags, message):
+    required = [] if "--model" in flags else ["--model", "m", "--data", "d", "--output-dir", "o"]
+    with pytest.raises(SystemExit) as stop:
+        stepdpo.parse(required + flags)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_errors_reach_the_terminal_as_one_line(workplace, tmp_path):
+    child = launch(make_config(workplace, tmp_path, data=str(tmp_path / "none.jsonl")), 1)
+    output, _ = child.communicate(timeout=60)
+    assert child.returncode == 2 and "Traceback" not in output
+    assert f"stepdpo.py: error: {tmp_path / 'none.jsonl'}: No such file or directory" in output
+
+
+@needs_cuda
+def test_training_on_cuda_with_flex_attention_in_bf16(workplace, tmp_path):
+    stepdpo.train(make_config(workplace, tmp_path, dtype="bfloat16", learning_rate=1e-3))
+    losses = losses_of(tmp_path)
+    assert losses[0] == pytest.approx(math.log(2), abs=5e-3) and losses[-1] < losses[0]
