@@ -9,12 +9,13 @@ One row, in the format of Math-Step-DPO-10K (eight text fields; `chosen` and `re
 
 One pair in a row of tokens. Chosen and rejected share all that comes before them, so that is laid out once:
 
-    token      <user> Tom has ... <assistant> Let's ... Step 2 :  | After giving ... left . | 12 + 5 ... left .
-    branch     0 ---------------------- prefix --------------- 0  | 1 ----- chosen ------ 1 | 2 - rejected -- 2
-    position   0 1 2 ...                                     P-1  | P P+1 ...               | P P+1 ...
+    token      <user> Tom has ... <assistant> Let's ... Step 2 : | After giving ... left . | 12 + 5 ... left .
+    branch     0 ---------------------- prefix --------------- 0 | 1 ----- chosen ------ 1 | 2 - rejected -- 2
+    position   0 1 2 ...                                     P-1 | P P+1 ...               | P P+1 ...
 
-A token attends to earlier tokens of its own pair that are in the prefix or in its own branch. So each branch sees exactly
-what it would see alone, and the last prefix token predicts the first token of both. Many pairs stand in one row.
+A token attends to earlier tokens of its own pair that are in the prefix or in its own branch. So each branch
+sees exactly what it would see alone, and the last prefix token predicts the first token of both. Many pairs
+stand in one row.
 """
 
 import hashlib
@@ -35,10 +36,10 @@ SPANS = {"step": ("chosen", "rejected"), "solution": ("full_chosen", "full_rejec
 
 
 class InputError(ValueError):
-    """Bad input: the message says where it is and what to do. The command lines print it without a stack trace."""
+    """Bad input: the message says where and what to do. The command lines print it without a stack trace."""
 
 
-# ------------------------------------------------------------------------------------------------------------ reading
+# ---------------------------------------------------------------------------------------------------- reading
 
 
 def read_rows(path: str) -> list[tuple[str, dict]]:
@@ -49,7 +50,8 @@ def read_rows(path: str) -> list[tuple[str, dict]]:
     """
     if path.endswith(".jsonl"):
         lines = _read_bytes(path).split(b"\n")
-        rows = [(f"{path}:{n}", _parse(f"{path}:{n}", line)) for n, line in enumerate(lines, 1) if line.strip()]
+        rows = [(f"{path}:{n}", _parse(f"{path}:{n}", line))
+                for n, line in enumerate(lines, 1) if line.strip()]
     elif path.endswith(".json"):
         parsed = _parse(path, _read_bytes(path))
         if not isinstance(parsed, list):
@@ -90,16 +92,17 @@ def _read_with_datasets(path: str) -> Any:
     try:
         import datasets
     except ImportError:
-        raise InputError(f"{path}: reading parquet files and hub datasets needs: pip install datasets") from None
+        raise InputError(f"{path}: reading parquet files and hub datasets needs: "
+                         "pip install datasets") from None
     try:
         if path.endswith(".parquet"):
             return datasets.load_dataset("parquet", data_files=path, split="train")
         return datasets.load_dataset(path, split="train")
-    except Exception as error:  # the library raises a dozen unrelated types for "not there" and "not readable"
+    except Exception as error:  # the library raises a dozen unrelated types for "not there" or "not readable"
         raise InputError(f"{path}: {type(error).__name__}: {error}") from None
 
 
-# ----------------------------------------------------------------------------------------------------------- encoding
+# --------------------------------------------------------------------------------------------------- encoding
 
 
 class Pair(NamedTuple):
@@ -116,11 +119,12 @@ class Pair(NamedTuple):
 
 
 def open_turn(tokenizer, prompt: str, template: str, instruction: str | None = None) -> str:
-    """The text before the model's answer, up to where the first step begins. `instruction` None is the template's own."""
+    """The text before the model's answer, up to the first step. `instruction` None is the template's own."""
     if template == "alpaca":
         user = f"{prompt}\n{instruction}" if instruction else prompt
-        return ("Below is an instruction that describes a task. Write a response that appropriately completes the "
-                f"request.\n\n### Instruction:\n{user}\n\n### Response:\n")
+        return ("Below is an instruction that describes a task. "
+                "Write a response that appropriately completes the request.\n\n"
+                f"### Instruction:\n{user}\n\n### Response:\n")
     instruction = INSTRUCTION if instruction is None else instruction
     user = f"{prompt}\n{instruction}" if instruction else prompt
     if template == "deepseek-math":
@@ -128,8 +132,8 @@ def open_turn(tokenizer, prompt: str, template: str, instruction: str | None = N
     if template != "chat":
         raise InputError(f"--template must be one of {', '.join(TEMPLATES)}, got {template!r}")
     if not tokenizer.chat_template:
-        raise InputError(f"{tokenizer.name_or_path}: its tokenizer has no chat template; pass --template alpaca or "
-                         "--template deepseek-math, whichever the model was tuned with")
+        raise InputError(f"{tokenizer.name_or_path}: its tokenizer has no chat template; pass "
+                         "--template alpaca or --template deepseek-math, whichever the model was tuned with")
     turn = [{"role": "user", "content": user}]
     return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
 
@@ -137,8 +141,8 @@ def open_turn(tokenizer, prompt: str, template: str, instruction: str | None = N
 def tokenize(tokenizer, texts: Sequence[str], template: str) -> list[list[int]]:
     """Token ids of each text, with BOS exactly where the model has it and never an EOS.
 
-    A chat template writes BOS itself, so nothing is added to its text. Otherwise BOS is put in front if and only if that
-    is what this tokenizer does with any text.
+    A chat template writes BOS itself, so nothing is added to its text. Otherwise BOS is put in front if and
+    only if that is what this tokenizer does with any text.
     """
     ids = tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids if texts else []
     bos = tokenizer.bos_token_id
@@ -152,22 +156,23 @@ def encode(
     tokenizer,
     template: str,
     instruction: str | None,
-    span: str,        # "step": one step after the shared ones; "solution": all that follows, ended by EOS (plain DPO)
+    span: str,        # "step": one step after the shared ones; "solution": all that follows + EOS (plain DPO)
     max_length: int,  # tokens of prefix + longer branch; a longer pair is dropped, never truncated
 ) -> tuple[list[Pair], list[str]]:
     """Pairs of token ids, and one message for each pair that was dropped because it is too long.
 
-    A step is *not* followed by an end-of-sequence token: it is not the end of the answer. Prefix and step are tokenized
-    together, as the model saw them when it wrote them; the shared prefix is what both results have in common with the
-    prefix tokenized alone, so no merge across the boundary is invented or lost.
+    A step is *not* followed by an end-of-sequence token: it is not the end of the answer. Prefix and step are
+    tokenized together, as the model saw them when it wrote them; the shared prefix is what both results have
+    in common with the prefix tokenized alone, so no merge across the boundary is invented or lost.
     Raises InputError that lists the first bad rows.
     """
     problems = [problem for where, row in rows if (problem := _bad_row(where, row, span))]
     if problems:
-        raise InputError(f"{len(problems)} of {len(rows)} rows cannot be trained on:\n  " + "\n  ".join(problems[:5])
-                         + ("\n  ..." if len(problems) > 5 else ""))
+        raise InputError(f"{len(problems)} of {len(rows)} rows cannot be trained on:\n  "
+                         + "\n  ".join(problems[:5]) + ("\n  ..." if len(problems) > 5 else ""))
     if span == "solution" and tokenizer.eos_token_id is None:
-        raise InputError(f"{tokenizer.name_or_path}: --span solution ends with EOS, but the tokenizer has no eos_token")
+        raise InputError(f"{tokenizer.name_or_path}: --span solution ends with EOS, "
+                         "but the tokenizer has no eos_token")
 
     texts = []
     for _, row in rows:
@@ -177,19 +182,21 @@ def encode(
     ids = tokenize(tokenizer, texts, template)
 
     pairs, dropped = [], []
-    for (where, _), prefix, chosen, rejected in zip(rows, ids[0::3], ids[1::3], ids[2::3]):
+    for (where, _), prefix, chosen, rejected in zip(rows, ids[0::3], ids[1::3], ids[2::3], strict=True):
         shared = _common(prefix, chosen, rejected)
         end = [tokenizer.eos_token_id] if span == "solution" else []
         pair = Pair(chosen[:shared], chosen[shared:] + end, rejected[shared:] + end, where)
         if not pair.prefix or pair.chosen == pair.rejected:
-            raise InputError(f"{where}: {'chosen and rejected become the same' if pair.prefix else 'no prefix in'} tokens")
+            raise InputError(
+                f"{where}: {'chosen and rejected become the same' if pair.prefix else 'no prefix in'} tokens")
         length = max(len(chosen), len(rejected)) + len(end)
         if length > max_length:
             dropped.append(f"{where}: {length} tokens")
         else:
             pairs.append(pair)
     if not pairs:
-        raise InputError(f"all {len(dropped)} pairs are longer than --max-length {max_length} (first: {dropped[0]})")
+        raise InputError(f"all {len(dropped)} pairs are longer than --max-length {max_length} "
+                         f"(first: {dropped[0]})")
     return pairs, dropped
 
 
@@ -228,14 +235,14 @@ def fingerprint(pairs: Sequence[Pair]) -> str:
     return digest.hexdigest()
 
 
-# --------------------------------------------------------------------------------------------------- plan and packing
+# ------------------------------------------------------------------------------------------- plan and packing
 
 
 def schedule(pairs: int, batch_size: int, epochs: int, seed: int) -> list[np.ndarray]:
     """The pair indices of each optimizer step: every pair exactly once per epoch, in a new order each epoch.
 
-    An epoch is cut into round(pairs / batch_size) batches that differ by at most one pair, so that no step is a small
-    leftover: the paper's 10,795 pairs at batch size 128 give 84 steps of 128 or 129 pairs.
+    An epoch is cut into round(pairs / batch_size) batches that differ by at most one pair, so that no step is
+    a small leftover: the paper's 10,795 pairs at batch size 128 give 84 steps of 128 or 129 pairs.
     """
     steps = max(1, round(pairs / batch_size))
     orders = [np.random.default_rng((seed, epoch)).permutation(pairs) for epoch in range(epochs)]
@@ -243,11 +250,12 @@ def schedule(pairs: int, batch_size: int, epochs: int, seed: int) -> list[np.nda
 
 
 def split(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list[int]]]:
-    """Cut one global batch into micro-batches of at most `budget` tokens: result[m][r] lists the items of rank r.
+    """Cut one global batch into micro-batches of at most `budget` tokens: result[m][r] lists rank r's items.
 
-    Longest first into the emptiest bin; then bins of like size are dealt to the ranks together, so that in every
-    micro-batch all ranks have about the same work. All ranks compute the same plan, so no messages are needed. With more
-    ranks than items some lists are empty. Raises ValueError if one item alone exceeds the budget.
+    Longest first into the emptiest bin; then bins of like size are dealt to the ranks together, so that in
+    every micro-batch all ranks have about the same work. All ranks compute the same plan, so no messages are
+    needed. With more ranks than items some lists are empty. Raises ValueError if one item alone exceeds the
+    budget.
     """
     if max(lengths) > budget:
         raise ValueError(f"every length must be <= budget {budget}, got {max(lengths)}")
@@ -275,20 +283,21 @@ class Batch:
     branch: torch.Tensor        # (L,) int64: 0 prefix, 1 chosen, 2 rejected
     predict_at: torch.Tensor    # (T,) int64: the position whose hidden state predicts the token
     targets: torch.Tensor       # (T,) int64: the token
-    sequence: torch.Tensor      # (T,) int64: the log-probability it adds to: i for the chosen of pair i, B + i rejected
+    sequence: torch.Tensor      # (T,) int64: the logp it adds to: i for the chosen of pair i, B + i rejected
     pairs: int                  # B
     tokens: int                 # L without padding
 
     def to(self, device: torch.device) -> "Batch":
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in moved.items()})
+        return Batch(**{k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v
+                        for k, v in moved.items()})
 
 
 def pack(pairs: Sequence[Pair], share_prefix: bool = True, multiple_of: int = 1) -> Batch:
-    """Lay pairs out in one row, padded to a multiple of `multiple_of` tokens. No pairs give a row of padding only.
+    """Lay pairs out in one row, padded to a multiple of `multiple_of` tokens. No pairs give a row of padding.
 
-    With `share_prefix` a pair is one document [prefix | chosen | rejected]; without, it is two plain causal documents
-    [prefix | chosen] and [prefix | rejected].
+    With `share_prefix` a pair is one document [prefix | chosen | rejected]; without, it is two plain causal
+    documents [prefix | chosen] and [prefix | rejected].
     """
     ids, positions, documents, branches = [], [], [], []
     predict_at, targets, sequence = [], [], []
@@ -314,15 +323,15 @@ def pack(pairs: Sequence[Pair], share_prefix: bool = True, multiple_of: int = 1)
     tokens = len(ids)
     document += 1
     add([0] * (-tokens % multiple_of if tokens else max(multiple_of, 1)), 0, 0)
-    row, spans = torch.tensor([ids, positions, documents, branches]), torch.tensor([predict_at, targets, sequence])
-    row, spans = row.long(), spans.long()  # empty lists would be float
+    row = torch.tensor([ids, positions, documents, branches]).long()
+    spans = torch.tensor([predict_at, targets, sequence]).long()  # empty lists would be float
     return Batch(row[:1], row[1:2], row[2], row[3], *spans, len(pairs), tokens)
 
 
 def may_attend(batch: Batch, window: int | None = None) -> Callable[..., torch.Tensor]:
     """The attention rule of a packed row, as a function (batch, head, query index, key index) -> bool tensor.
 
-    `window`: also at most window - 1 positions back (sliding-window attention, counted in the pair's own positions).
+    `window`: also at most window - 1 positions back (sliding window, counted in the pair's own positions).
     """
     document, branch, position = batch.document, batch.branch, batch.position_ids[0]
 

@@ -1,24 +1,25 @@
 """Per-token log-probabilities of a language-model head, without the logits.
 
-The problem. log p(target | hidden) = z[target] - logsumexp(z) with z = W hidden needs one number per token, but the plain
-way makes V of them: at 4096 tokens and a vocabulary of 152,064 that is 2.5 GB per fp32 copy of the logits, and log-softmax
-and its gradient want several copies. Nothing of that is needed at once.
+The problem. log p(target | hidden) = z[target] - logsumexp(z) with z = W hidden needs one number per token,
+but the plain way makes V of them: at 4096 tokens and a vocabulary of 152,064 that is 2.5 GB per fp32 copy of
+the logits, and log-softmax and its gradient want several copies. Nothing of that is needed at once.
 
-Forward. Walk over the vocabulary in blocks. A vendor GEMM makes the block's logits, a tile (T, BLOCK) in fp32; a row kernel
-folds the tile into three running numbers per token and the tile is overwritten by the next block:
+Forward. Walk over the vocabulary in blocks. A vendor GEMM makes the block's logits, a tile (T, BLOCK) in
+fp32; a row kernel folds the tile into three running numbers per token and the tile is overwritten by the next
+block:
 
-    m' = max(m, max_j z_j)        s' = s exp(m - m') + sum_j exp(z_j - m')        t' = z[target] if it is in the block, else t
-    log p = t - (m + log s)       starting from m = -inf, s = 0
+    m' = max(m, max_j z_j)   s' = s exp(m - m') + sum_j exp(z_j - m')   t' = z[target] if in the block, else t
+    log p = t - (m + log s)  starting from m = -inf, s = 0
 
 Backward. With g = dL/dlogp, and the tile made again (4 T V D more FLOPs cheaper than keeping T x V numbers):
 
     dz_j = g (1[j = target] - exp(z_j - lse))     dW_block = dz^T hidden     dhidden += dz W_block
 
-Each row of dW is written exactly once: no accumulator, no atomics, the same result every time. 8 T V D FLOPs in all, 6 of
-which any method needs. Every vocabulary entry takes part; skipping "small" ones would bias dW.
+Each row of dW is written exactly once: no accumulator, no atomics, the same result every time. 8 T V D FLOPs
+in all, 6 of which any method needs. Every vocabulary entry takes part; skipping "small" ones would bias dW.
 
-The row kernels read a tile once (4 T V bytes over all blocks), which is 4 / D of a GEMM's work: they are not what costs.
-The logits stay fp32 all the way; bf16 logits would put 0.02-0.04 nats of noise on every token.
+The row kernels read a tile once (4 T V bytes over all blocks), which is 4 / D of a GEMM's work: they are not
+what costs. The logits stay fp32 all the way; bf16 logits would put 0.02-0.04 nats of noise on every token.
 
 This file needs torch and triton only. Copy it, call `linear_logps`, and build any loss on what it returns.
 Letters: T tokens, D hidden size, V vocabulary. A `d` in front is the gradient of the loss with respect to the thing.
@@ -29,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 8448  # vocabulary rows per tile: 18 x 8448 = 152,064 (Qwen2), and 33 x 256 columns fill whole waves on 132 SMs
+BLOCK = 8448  # rows of W per tile: 18 x 8448 = 152,064 (Qwen2); 33 x 256 columns fill whole waves on 132 SMs
 BLOCK_CPU = 2048  # a tile that stays in the caches
 
 
@@ -42,25 +43,28 @@ def linear_logps(
 
     Beyond inputs, result and gradients it holds, whatever V is, at most (forward and backward alike)
 
-        T * BLOCK * (4 + itemsize) + 2 T * D * 4 bytes          on CUDA: BLOCK columns of logits and gradient; fp32 dhidden
-        T * BLOCK_CPU * 4 + 2 (T + BLOCK_CPU) * D * 4 bytes     on CPU: the same, and fp32 copies of bf16 or fp16 operands
+        T * BLOCK * (4 + itemsize) + 2 T * D * 4 bytes       CUDA: tiles of logits and gradient; fp32 dhidden
+        T * BLOCK_CPU * 4 + 2 (T + BLOCK_CPU) * D * 4 bytes  CPU: the same, and fp32 copies of 16-bit operands
 
     and a few numbers per token.
 
-    Matrix products are the vendor's (bf16/fp16 operands, fp32 accumulation and result); the rest are Triton kernels on CUDA,
-    and also on CPU under TRITON_INTERPRET=1. On CPU otherwise it is plain torch over the same blocks.
+    Matrix products are the vendor's (bf16/fp16 operands, fp32 accumulation and result); the rest are Triton
+    kernels on CUDA, and also on CPU under TRITON_INTERPRET=1. On CPU otherwise it is plain torch over the
+    same blocks.
     Each gradient is computed only if its input requires it. Double backward is not supported.
-    Raises ValueError if shapes, dtypes or devices do not fit or a target is outside [0, V). (That last check waits for the
-    device once per call.)
+    Raises ValueError if shapes, dtypes or devices do not fit or a target is outside [0, V). (That last check
+    waits for the device once per call.)
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden must be (T, D) and weight (V, D), got {tuple(hidden.shape)} and {tuple(weight.shape)}")
+        raise ValueError("hidden must be (T, D) and weight (V, D), got "
+                         f"{tuple(hidden.shape)} and {tuple(weight.shape)}")
     if 0 in weight.shape:
         raise ValueError(f"weight must not be empty, got {tuple(weight.shape)}")
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets must be (T,) = ({hidden.shape[0]},), got {tuple(targets.shape)}")
     if hidden.dtype != weight.dtype or hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"hidden and weight must both be fp32, bf16 or fp16, got {hidden.dtype} and {weight.dtype}")
+        raise ValueError("hidden and weight must both be fp32, bf16 or fp16, got "
+                         f"{hidden.dtype} and {weight.dtype}")
     if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
         raise ValueError(f"targets must be integers, got {targets.dtype}")
     if not hidden.device == weight.device == targets.device:
@@ -74,13 +78,13 @@ def linear_logps(
         return _LinearLogps.apply(hidden, weight, targets)
 
 
-# ------------------------------------------------------------------------------------------------------- Triton kernels
-# One program per token. `tile` is (T, width) fp32 and contiguous; `start` is the vocabulary index of its first column.
+# --------------------------------------------------------------------------------------------- Triton kernels
+# One program per token. `tile` is contiguous fp32 (T, width); `start` is its first column's vocabulary index.
 
 
 @triton.jit
 def _fold_kernel(tile, targets, maximum, total, target_logit, start, width, CHUNK: tl.constexpr):
-    """Fold one tile into the running maximum m, the sum of exponentials s = `total` and the target's logit, each (T,)."""
+    """Fold a tile into the running maximum m, sum of exponentials s = `total` and target logit, each (T,)."""
     row = tl.program_id(0).to(tl.int64)
     m, s = tl.load(maximum + row), tl.load(total + row)
     for offset in range(0, width, CHUNK):
@@ -98,7 +102,7 @@ def _fold_kernel(tile, targets, maximum, total, target_logit, start, width, CHUN
 
 @triton.jit
 def _dtile_kernel(tile, targets, lse, dlogps, dtile, start, width, CHUNK: tl.constexpr):
-    """dtile = dlogps * (onehot(target) - exp(tile - lse)), in the dtype of `dtile`, which may be `tile` itself."""
+    """dtile = dlogps * (onehot(target) - exp(tile - lse)), in the dtype of `dtile`, which may be `tile`."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     z = tl.load(tile + row * width + column, mask=column < width)
@@ -107,11 +111,11 @@ def _dtile_kernel(tile, targets, lse, dlogps, dtile, start, width, CHUNK: tl.con
     tl.store(dtile + row * width + column, dz.to(dtile.dtype.element_ty), mask=column < width)
 
 
-_INTERPRETED = not isinstance(_fold_kernel, triton.JITFunction)  # TRITON_INTERPRET=1 was set when triton was imported
+_INTERPRETED = not isinstance(_fold_kernel, triton.JITFunction)  # TRITON_INTERPRET=1 when triton was imported
 _CHUNK = 2048
 
 
-# --------------------------------------------------------------------------------------------------- one tile at a time
+# ----------------------------------------------------------------------------------------- one tile at a time
 
 
 def _logits(hidden: Tensor, block: Tensor) -> Tensor:  # (T, D), (width, D) -> (T, width) fp32
@@ -121,7 +125,7 @@ def _logits(hidden: Tensor, block: Tensor) -> Tensor:  # (T, D), (width, D) -> (
 
 
 def _operand(x: Tensor) -> Tensor:
-    """What the GEMMs read: half-precision GEMMs with an fp32 result exist on CUDA only, so a CPU widens its operands."""
+    """What GEMMs read: widened on CPU, since half-precision GEMMs with an fp32 result exist on CUDA only."""
     return x if x.is_cuda else x.float()
 
 
@@ -144,7 +148,8 @@ def _fold(tile: Tensor, targets: Tensor, state: tuple[Tensor, Tensor, Tensor], s
     maximum.copy_(new_maximum)
 
 
-def _dtile(tile: Tensor, targets: Tensor, lse: Tensor, dlogps: Tensor, start: int, dtype: torch.dtype) -> Tensor:
+def _dtile(tile: Tensor, targets: Tensor, lse: Tensor, dlogps: Tensor, start: int,
+           dtype: torch.dtype) -> Tensor:
     if tile.is_cuda or _INTERPRETED:
         dtile = tile if dtype == torch.float32 else torch.empty_like(tile, dtype=dtype)
         grid = (len(tile), triton.cdiv(tile.shape[1], _CHUNK))
@@ -160,7 +165,8 @@ class _LinearLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         targets = targets.long().contiguous()
-        maximum = hidden.new_full((len(hidden),), float("-inf"), dtype=torch.float32)  # not 0: all logits may be below it
+        # -inf, not 0: all logits may be below it
+        maximum = hidden.new_full((len(hidden),), float("-inf"), dtype=torch.float32)
         total, target_logit = torch.zeros_like(maximum), torch.zeros_like(maximum)
         if len(hidden):
             operand = _operand(hidden)

@@ -1,7 +1,7 @@
 """The specification of this repository, executable: pytest, on a CPU, in a few minutes.
 
-In the order of the code: the loss, the kernel, the data, the packed policy, training, the command line. Tests that need a GPU
-skip visibly without one. Each test names the rule it protects.
+In the order of the code: the loss, the kernel, the data, the packed policy, training, the command line. Tests
+that need a GPU skip visibly without one. Each test names the rule it protects.
 """
 
 import itertools
@@ -19,14 +19,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import transformers
 from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CUDA = torch.cuda.is_available()
 if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"  # must be set before triton is imported; kernels.py then has both ways to run
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported; kernels.py then has both ways to run
 
 import data  # noqa: E402
 import kernels  # noqa: E402
@@ -37,7 +36,7 @@ HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "TRITON_INTERPRET": "0"}  # of child processes
 needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 
-# ------------------------------------------------------------------------------------------------------------ the loss
+# --------------------------------------------------------------------------------------------------- the loss
 
 
 def test_loss_by_hand():
@@ -51,7 +50,8 @@ def test_loss_by_hand():
 
 def test_loss_is_ln_2_where_policy_is_reference_and_survives_large_margins():
     same = torch.tensor([-200.0, 0.0])
-    assert stepdpo.step_dpo_loss(same, same - 3, same, same - 3, 0.4)[0].tolist() == pytest.approx([math.log(2)] * 2)
+    losses = stepdpo.step_dpo_loss(same, same - 3, same, same - 3, 0.4)[0]
+    assert losses.tolist() == pytest.approx([math.log(2)] * 2)
     far = torch.tensor([1e4])
     assert stepdpo.step_dpo_loss(-far, far, far * 0, far * 0, 1.0)[0].item() == pytest.approx(2e4)
 
@@ -73,7 +73,7 @@ def test_loss_refuses_bad_arguments():
         stepdpo.step_dpo_loss(one, one, one, one, 0.0)
 
 
-# ---------------------------------------------------------------------------------------------------------- the kernel
+# ------------------------------------------------------------------------------------------------- the kernel
 
 
 @pytest.fixture(params=[
@@ -113,15 +113,19 @@ def test_kernel_is_no_less_accurate_than_plain_torch(op, dtype, shape, scale):
     targets[0], targets[-1] = 0, V - 1
     upstream = torch.randn(T, generator=rng).to(device)
     inputs = hidden, weight, targets, upstream
-    truth = values_and_gradients(lambda h, w, t: (h @ w.T).log_softmax(-1).gather(1, t[:, None])[:, 0], *inputs, torch.float64)
+    truth = values_and_gradients(
+        lambda h, w, t: (h @ w.T).log_softmax(-1).gather(1, t[:, None])[:, 0], *inputs, torch.float64)
     plain = values_and_gradients(plain_logps, *inputs, dtype)
     ours = values_and_gradients(function, *inputs, dtype)
     assert ours[0].dtype == torch.float32 and ours[1].dtype == ours[2].dtype == dtype
-    rounding = 4 * torch.finfo(torch.float32).eps * (hidden.double() @ weight.double().T).abs().max()  # of a logit
-    for name, exact, torch_result, result in zip(("logps", "dhidden", "dweight"), truth, plain, ours, strict=True):
+    largest = (hidden.double() @ weight.double().T).abs().max()
+    rounding = 4 * torch.finfo(torch.float32).eps * largest  # of a logit
+    names = "logps", "dhidden", "dweight"
+    for name, exact, torch_result, result in zip(names, truth, plain, ours, strict=True):
         error, allowed = ((x.double() - exact).abs().max() for x in (result, torch_result))
         tolerance = rounding if name == "logps" else (rounding + torch.finfo(dtype).eps) * exact.abs().max()
-        assert error <= allowed + tolerance, f"{name}: error {error:.3g}, torch {allowed:.3g} + {tolerance:.3g}"
+        assert error <= allowed + tolerance, (
+            f"{name}: error {error:.3g}, torch {allowed:.3g} + {tolerance:.3g}")
 
 
 def test_kernel_is_right_where_all_logits_are_far_below_zero(op):
@@ -156,7 +160,8 @@ def test_kernel_takes_strided_inputs_and_small_integers(op):
     function, device = op
     hidden, weight = torch.randn(8, 6, device=device).T, torch.randn(140, 16, device=device)[::2, ::2]
     targets = torch.tensor([0, 9, 3, 9, 69, 9], dtype=torch.int32, device=device)[::2]
-    assert torch.allclose(function(hidden[::2], weight, targets), plain_logps(hidden[::2], weight, targets), atol=1e-5)
+    logps = function(hidden[::2], weight, targets)
+    assert torch.allclose(logps, plain_logps(hidden[::2], weight, targets), atol=1e-5)
 
 
 @pytest.mark.parametrize("bad, message", [
@@ -172,7 +177,8 @@ def test_kernel_takes_strided_inputs_and_small_integers(op):
 ], ids=lambda x: x if isinstance(x, str) else "")
 def test_kernel_refuses_bad_arguments(op, bad, message):
     function, device = op
-    arguments = dict(hidden=torch.zeros(3, 8), weight=torch.zeros(10, 8), targets=torch.tensor([0, 1, 9])) | bad
+    good = dict(hidden=torch.zeros(3, 8), weight=torch.zeros(10, 8), targets=torch.tensor([0, 1, 9]))
+    arguments = good | bad
     with pytest.raises(ValueError, match=message):
         function(*(x if x.is_meta else x.to(device) for x in arguments.values()))
 
@@ -185,12 +191,14 @@ class LiveBytes(TorchDispatchMode):
         self.live, self.peak, self.seen = 0, 0, set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        known = {x.untyped_storage()._cdata for x in torch.utils._pytree.tree_leaves((args, kwargs)) if torch.is_tensor(x)}
+        leaves = torch.utils._pytree.tree_leaves
+        known = {x.untyped_storage()._cdata for x in leaves((args, kwargs)) if torch.is_tensor(x)}
         result = function(*args, **(kwargs or {}))
-        for x in torch.utils._pytree.tree_leaves(result):
+        for x in leaves(result):
             if torch.is_tensor(x) and x.untyped_storage()._cdata not in known | self.seen:
                 storage = x.untyped_storage()
-                self.live, self.peak = self.live + storage.nbytes(), max(self.peak, self.live + storage.nbytes())
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
                 self.seen.add(storage._cdata)
                 weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
         return result
@@ -205,7 +213,8 @@ def test_kernel_memory_keeps_to_its_formula_whatever_the_vocabulary(monkeypatch,
     monkeypatch.setattr(kernels, "BLOCK_CPU", 256)
     T, D, peaks = 96, 32, []
     for V in (1024, 8192):
-        hidden, weight = torch.randn(T, D, dtype=dtype, requires_grad=True), torch.randn(V, D, dtype=dtype, requires_grad=True)
+        hidden = torch.randn(T, D, dtype=dtype, requires_grad=True)
+        weight = torch.randn(V, D, dtype=dtype, requires_grad=True)
         with LiveBytes() as memory:
             kernels.linear_logps(hidden, weight, torch.arange(T)).sum().backward()
         peaks.append(memory.peak - (T * D + V * D) * dtype.itemsize)
@@ -215,10 +224,12 @@ def test_kernel_memory_keeps_to_its_formula_whatever_the_vocabulary(monkeypatch,
 
 def test_kernel_file_works_copied_alone_into_an_empty_folder(tmp_path):
     shutil.copy(HERE / "kernels.py", tmp_path)
-    code = ("import sys; sys.modules.update(dict.fromkeys(('transformers', 'numpy', 'tqdm', 'safetensors')))\n"
+    code = ("import sys; "
+            "sys.modules.update(dict.fromkeys(('transformers', 'numpy', 'tqdm', 'safetensors')))\n"
             "import torch, kernels\n"
-            "h = torch.randn(5, 8, requires_grad=True); kernels.linear_logps(h, torch.randn(99, 8), torch.arange(5))"
-            ".sum().backward(); print('gradient', h.grad.shape)")
+            "h = torch.randn(5, 8, requires_grad=True); "
+            "kernels.linear_logps(h, torch.randn(99, 8), torch.arange(5)).sum().backward(); "
+            "print('gradient', h.grad.shape)")
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
                             env=ENVIRONMENT)
     assert "gradient torch.Size([5, 8])" in result.stdout, result.stderr
@@ -230,7 +241,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 numbers = dict(start="i32", width="i32", CHUNK="constexpr")
 fold = dict(tile="*fp32", targets="*i64", maximum="*fp32", total="*fp32", target_logit="*fp32", **numbers)
-dtile = [dict(tile="*fp32", targets="*i64", lse="*fp32", dlogps="*fp32", dtile="*" + t, **numbers) for t in ("fp32", "bf16", "fp16")]
+dtile = [dict(tile="*fp32", targets="*i64", lse="*fp32", dlogps="*fp32", dtile="*" + t, **numbers)
+         for t in ("fp32", "bf16", "fp16")]
 for kernel, signatures in ((kernels._fold_kernel, [fold]), (kernels._dtile_kernel, dtile)):
     for signature in signatures:
         for capability in (80, 90, 100):
@@ -239,14 +251,16 @@ for kernel, signatures in ((kernels._fold_kernel, [fold]), (kernels._dtile_kerne
             with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
                 file.write(compiled.asm["cubin"]); file.flush()
                 tool = triton.knobs.nvidia.cuobjdump.path
-                usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+                usage = subprocess.run([tool, "-res-usage", file.name],
+                                       capture_output=True, text=True, check=True).stdout
             stack, local = (int(re.search(name + r":(\\d+)", usage)[1]) for name in ("STACK", "LOCAL"))
             print(kernel.__name__, capability, "STACK", stack, "LOCAL", local)
 """
 
 
 def test_kernels_compile_ahead_of_time_for_a100_h100_b200_without_spills():
-    result = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME], cwd=HERE, capture_output=True, text=True, env=ENVIRONMENT)
+    result = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME], cwd=HERE, capture_output=True, text=True,
+                            env=ENVIRONMENT)
     lines = result.stdout.splitlines()
     assert result.returncode == 0, result.stderr
     assert len(lines) == 12 and all(line.endswith("STACK 0 LOCAL 0") for line in lines), result.stdout
@@ -269,7 +283,7 @@ def test_kernel_on_cuda_at_real_shapes(T, D, V):
     assert transient <= T * kernels.BLOCK * 6 + 2 * T * D * 4 + 2**20
 
 
-# ------------------------------------------------------------------------------------------------------------ the data
+# --------------------------------------------------------------------------------------------------- the data
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -281,22 +295,26 @@ def tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|im_start|>", "<|im_end|>", "<s>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|im_start|>", "<|im_end|>", "<s>"],
+                                  show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator([Path(data.__file__).read_text()] * 2, trainer)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", chat_template=CHATML)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>",
+                                                chat_template=CHATML)
 
 
 def make_rows(count: int) -> list[dict]:
     """Step pairs of varied lengths, every one different."""
     rows = []
     for i in range(count):
-        before = "".join(f"Step {k}: take {i + k} and double it to {2 * (i + k)}.\n" for k in range(1, 1 + i % 3))
-        chosen, rejected = f" So {i} + {i} = {2 * i}" + " which is right" * (i % 4), f" Thus we get {i * 7 + 1}."
-        rows.append(dict(dataset="made", prompt=f"What is twice {i}{', please' * (i % 5)}?", chosen=chosen, rejected=rejected,
+        before = "".join(f"Step {k}: take {i + k} and double it to {2 * (i + k)}.\n"
+                         for k in range(1, 1 + i % 3))
+        chosen = f" So {i} + {i} = {2 * i}" + " which is right" * (i % 4)
+        rejected = f" Thus we get {i * 7 + 1}."
+        rows.append(dict(dataset="made", prompt=f"What is twice {i}{', please' * (i % 5)}?",
+                         chosen=chosen, rejected=rejected,
                          initial_reason_steps=f"Let's think step by step.\n{before}Step {1 + i % 3}:",
-                         full_chosen=chosen + f"\nThe answer is: {2 * i}", full_rejected=rejected + "\nThe answer is: 7",
-                         answer=str(2 * i)))
+                         full_chosen=chosen + f"\nThe answer is: {2 * i}",
+                         full_rejected=rejected + "\nThe answer is: 7", answer=str(2 * i)))
     return rows
 
 
@@ -334,14 +352,15 @@ def test_rows_are_read_alike_from_jsonl_json_and_parquet(tmp_path):
 ])
 def test_unreadable_rows_name_file_and_line(tmp_path, content, message):
     (tmp_path / "bad.jsonl").write_bytes(content)
-    with pytest.raises(data.InputError, match="bad.jsonl" + (message if message[0] == ":" else ": " + message)):
+    message = message if message[0] == ":" else ": " + message
+    with pytest.raises(data.InputError, match="bad.jsonl" + message):
         data.read_rows(str(tmp_path / "bad.jsonl"))
 
 
 def test_unreadable_files_are_named(tmp_path):
-    for path, message in ((tmp_path / "none.jsonl", "No such file"), (tmp_path / "x.csv", "must be a .jsonl")):
-        with pytest.raises(data.InputError, match=f"{path.name}: {message}"):
-            data.read_rows(str(path))
+    for name, message in (("none.jsonl", "No such file"), ("x.csv", "must be a .jsonl")):
+        with pytest.raises(data.InputError, match=f"{name}: {message}"):
+            data.read_rows(str(tmp_path / name))
     (tmp_path / "one.json").write_text('{"a":\n 1,}')
     with pytest.raises(data.InputError, match="one.json:2: not valid JSON"):
         data.read_rows(str(tmp_path / "one.json"))
@@ -367,9 +386,11 @@ def test_bad_rows_are_refused_with_their_place(tokenizer, change, message):
 def test_a_step_has_no_end_of_sequence_and_a_solution_has_one(tokenizer):
     row = make_rows(1)[0]
     (step,), (solution,) = make_pairs(tokenizer, 1), make_pairs(tokenizer, 1, "solution")
-    assert tokenizer.decode(step.chosen) == row["chosen"] and tokenizer.decode(step.rejected) == row["rejected"]
+    assert tokenizer.decode(step.chosen) == row["chosen"]
+    assert tokenizer.decode(step.rejected) == row["rejected"]
     assert tokenizer.decode(solution.chosen) == row["full_chosen"] + tokenizer.eos_token
-    assert solution.chosen.count(tokenizer.eos_token_id) == solution.rejected.count(tokenizer.eos_token_id) == 1
+    eos = tokenizer.eos_token_id
+    assert solution.chosen.count(eos) == solution.rejected.count(eos) == 1
 
 
 def test_full_solutions_may_repeat_the_shared_steps(tokenizer):
@@ -406,7 +427,8 @@ def test_bos_stands_once_where_the_tokenizer_has_it_and_nowhere_else(tokenizer):
         tokenizer_object=type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str()),
         bos_token="<s>", eos_token="<|im_end|>", chat_template="<s>" + CHATML)
     bos = with_bos.bos_token_id
-    with_bos.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    with_bos.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos)])
     for template in data.TEMPLATES:
         (pair,) = make_pairs(with_bos, 1, template=template)
         assert pair.prefix[0] == bos and (pair.prefix + pair.chosen + pair.rejected).count(bos) == 1
@@ -415,12 +437,13 @@ def test_bos_stands_once_where_the_tokenizer_has_it_and_nowhere_else(tokenizer):
 
 
 def test_no_merge_across_the_step_boundary_is_invented_or_lost(tokenizer):
-    row = make_rows(1)[0] | {"initial_reason_steps": "Let's think\nStep 1: ", "chosen": "the token", "rejected": "ten"}
+    row = make_rows(1)[0]
+    row |= {"initial_reason_steps": "Let's think\nStep 1: ", "chosen": "the token", "rejected": "ten"}
     (pair,), _ = data.encode([("f:1", row)], tokenizer, "chat", None, "step", 1024)
     text = data.open_turn(tokenizer, row["prompt"], "chat") + row["initial_reason_steps"]
     for step, ids in ((row["chosen"], pair.chosen), (row["rejected"], pair.rejected)):
         assert pair.prefix + ids == tokenizer(text + step).input_ids
-    assert tokenizer.decode(pair.chosen) == " the token"  # the space is merged with the word, so it is not in the prefix
+    assert tokenizer.decode(pair.chosen) == " the token"  # the space merged with the word, so not in the prefix
     assert tokenizer.decode(pair.prefix).endswith("Step 1:")
 
 
@@ -442,7 +465,8 @@ def test_every_pair_is_used_once_per_epoch_in_a_new_order_that_the_seed_decides(
     epochs = [list(np.concatenate(plan[e * 10:(e + 1) * 10])) for e in range(3)]
     assert all(sorted(epoch) == list(range(103)) for epoch in epochs) and epochs[0] != epochs[1]
     same, other = data.schedule(103, 10, 3, seed=1), data.schedule(103, 10, 3, seed=2)
-    assert all((a == b).all() for a, b in zip(plan, same, strict=True)) and (plan[0][:10] != other[0][:10]).any()
+    assert all((a == b).all() for a, b in zip(plan, same, strict=True))
+    assert (plan[0][:10] != other[0][:10]).any()
     paper = data.schedule(10795, 128, 8, 0)
     assert len(paper) == 672 and {len(batch) for batch in paper} == {128, 129}
     assert len(data.schedule(3, 128, 1, 0)) == 1
@@ -472,12 +496,13 @@ def test_packing_lays_the_prefix_out_once():
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 1, 2, 0, 1, 2, 3, 4, 5]]
     assert batch.document.tolist() == [0] * 6 + [1] * 4 + [2] * 6
     assert batch.branch.tolist() == [0, 0, 0, 1, 1, 2, 0, 1, 2, 2] + [0] * 6
-    assert batch.predict_at.tolist() == [2, 3, 2, 6, 6, 8]  # the last prefix token predicts the first of both branches
+    assert batch.predict_at.tolist() == [2, 3, 2, 6, 6, 8]  # the last prefix token predicts both branches' first
     assert batch.targets.tolist() == [10, 11, 20, 12, 21, 22]
     assert batch.sequence.tolist() == [0, 0, 2, 1, 3, 3]  # chosen 0, 1, rejected 2, 3
     assert (batch.pairs, batch.tokens) == (2, 10)
     alone = data.pack(pairs[:1], share_prefix=False)
-    assert alone.input_ids.tolist() == [[1, 2, 3, 10, 11, 1, 2, 3, 20]] and alone.document.tolist() == [0] * 5 + [1] * 4
+    assert alone.input_ids.tolist() == [[1, 2, 3, 10, 11, 1, 2, 3, 20]]
+    assert alone.document.tolist() == [0] * 5 + [1] * 4
     assert alone.predict_at.tolist() == [2, 3, 7]
     empty = data.pack([], multiple_of=4)
     assert empty.input_ids.shape == (1, 4) and empty.targets.shape == (0,) and empty.tokens == 0
@@ -496,15 +521,17 @@ def test_attention_rule_by_hand():
                     [0, 0, 0, 0, 0, 1, 1, 0],
                     [0, 0, 0, 0, 0, 1, 0, 1]]
     windowed = data.may_attend(batch, window=2)(0, 0, index[:, None], index[None, :]).int()
-    assert windowed[3].tolist() == [0, 0, 1, 1, 0, 0, 0, 0] and windowed[4].tolist() == [0, 1, 0, 0, 1, 0, 0, 0]
+    assert windowed[3].tolist() == [0, 0, 1, 1, 0, 0, 0, 0]
+    assert windowed[4].tolist() == [0, 1, 0, 0, 1, 0, 0, 0]
 
 
-# ---------------------------------------------------------------------------------------------------------- the policy
+# ------------------------------------------------------------------------------------------------- the policy
 
 FAMILIES = {
     "qwen2-tied": (transformers.Qwen2Config, dict(tie_word_embeddings=True)),
     "qwen2": (transformers.Qwen2Config, dict(tie_word_embeddings=False)),
-    "qwen2-windows": (transformers.Qwen2Config, dict(use_sliding_window=True, sliding_window=20, max_window_layers=1)),
+    "qwen2-windows": (transformers.Qwen2Config,
+                      dict(use_sliding_window=True, sliding_window=20, max_window_layers=1)),
     "qwen3": (transformers.Qwen3Config, dict(head_dim=8)),
     "llama": (transformers.LlamaConfig, {}),
     "mistral": (transformers.MistralConfig, dict(sliding_window=None)),
@@ -515,8 +542,9 @@ FAMILIES = {
 def make_model(family: str, **changes):
     """A tiny random model with weights large enough that a wrong mask changes everything."""
     kind, options = FAMILIES[family]
-    config = kind(**dict(vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, initializer_range=0.2, eos_token_id=1) | options | changes)
+    config = kind(**dict(vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
+                         eos_token_id=1) | options | changes)
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
 
@@ -580,7 +608,7 @@ def test_heads_with_a_bias_are_refused():
         stepdpo.Policy(model, True)
 
 
-# ------------------------------------------------------------------------------------------------------------ training
+# --------------------------------------------------------------------------------------------------- training
 
 
 @pytest.fixture(scope="session")
@@ -597,8 +625,8 @@ def workplace(tokenizer, tmp_path_factory):
 
 
 def make_config(workplace, out, **changes) -> stepdpo.Config:
-    options = dict(model=str(workplace / "qwen2"), data=str(workplace / "pairs.jsonl"), output_dir=str(out), batch_size=7,
-                   epochs=2, learning_rate=2e-4, tokens_per_micro_batch=600, dtype="float32")
+    options = dict(model=str(workplace / "qwen2"), data=str(workplace / "pairs.jsonl"), output_dir=str(out),
+                   batch_size=7, epochs=2, learning_rate=2e-4, tokens_per_micro_batch=600, dtype="float32")
     return stepdpo.Config(**options | changes)
 
 
@@ -621,16 +649,19 @@ def losses_of(out) -> list[float]:
 
 
 def launch(config: stepdpo.Config, processes: int) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port",
-               str(29600 + os.getpid() % 1000 + processes)] if processes > 1 else [sys.executable]
-    return subprocess.Popen([*command, "stepdpo.py", *arguments(config)], cwd=HERE, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, env=ENVIRONMENT | {"STEPDPO_CACHE": os.environ["STEPDPO_CACHE"]})
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes),
+                    "--master_port", str(29600 + os.getpid() % 1000 + processes)]
+    return subprocess.Popen([*command, "stepdpo.py", *arguments(config)], cwd=HERE, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            env=ENVIRONMENT | {"STEPDPO_CACHE": os.environ["STEPDPO_CACHE"]})
 
 
 def naive_training(config: stepdpo.Config) -> list[float]:
     """The same optimizer steps as plainly as can be: whole logits, one sequence at a time, two models."""
-    policy, reference = (transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).eval()
-                         for _ in range(2))
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    policy, reference = (load(config.model, dtype=torch.float32).eval() for _ in range(2))
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
     pairs, _ = data.encode(data.read_rows(config.data), tokenizer, "chat", None, config.span, 1024)
     plan = data.schedule(len(pairs), config.batch_size, config.epochs, config.seed)
@@ -638,12 +669,16 @@ def naive_training(config: stepdpo.Config) -> list[float]:
     warmup = math.ceil(0.1 * len(plan))
     for step, indices in enumerate(plan):
         batch = [pairs[i] for i in indices]
-        (chosen, rejected), (ref_chosen, ref_rejected) = separate_logps(policy, batch), separate_logps(reference, batch).detach()
+        chosen, rejected = separate_logps(policy, batch)
+        ref_chosen, ref_rejected = separate_logps(reference, batch).detach()
         margin = config.beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
         loss = -torch.log(torch.sigmoid(margin)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        shape = (step + 1) / (warmup + 1) if step < warmup else (1 + math.cos(math.pi * (step - warmup) / (len(plan) - warmup))) / 2
+        if step < warmup:
+            shape = (step + 1) / (warmup + 1)
+        else:
+            shape = (1 + math.cos(math.pi * (step - warmup) / (len(plan) - warmup))) / 2
         optimizer.param_groups[0]["lr"] = config.learning_rate * shape
         optimizer.step()
         optimizer.zero_grad()
@@ -685,8 +720,9 @@ def test_metrics_have_their_names_and_say_what_happened(workplace, run):
     assert [x["step"] for x in steps] == list(range(6)) and [x["step"] for x in evals] == [0, 3, 6]
     assert set(steps[0]) == {"step", *stepdpo.METRICS, "grad_norm", "lr", "tokens_per_second", "pairs_per_second"}
     assert set(evals[0]) == {"step", *(f"eval/{name}" for name in stepdpo.METRICS)}
-    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and abs(steps[0]["rewards/margins"]) < 1e-4
-    assert steps[-1]["rewards/margins"] > 0.05 and evals[-1]["eval/loss"] < evals[0]["eval/loss"]
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(steps[0]["rewards/margins"]) < 1e-4 and steps[-1]["rewards/margins"] > 0.05
+    assert evals[-1]["eval/loss"] < evals[0]["eval/loss"]
     for x in steps:
         assert x["rewards/margins"] == pytest.approx(x["rewards/chosen"] - x["rewards/rejected"], abs=1e-6)
     assert [x["lr"] for x in steps][:2] == pytest.approx([1e-4, 2e-4])  # the rate that this very step used
@@ -707,22 +743,24 @@ def test_the_exported_model_is_an_ordinary_folder_with_the_trained_weights(workp
     moved = [(a - b).abs().max() for a, b in zip(after.parameters(), before.parameters(), strict=True)]
     assert 0 < max(moved) < 0.05
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "model")
-    pairs, _ = data.encode(data.read_rows(str(workplace / "eval.jsonl")), tokenizer, "chat", None, "step", 1024)
+    rows = data.read_rows(str(workplace / "eval.jsonl"))
+    pairs, _ = data.encode(rows, tokenizer, "chat", None, "step", 1024)
     logged = [x for x in read_metrics(run) if "eval/loss" in x][-1]
     with torch.no_grad():
-        assert separate_logps(after, pairs)[0].mean().item() == pytest.approx(logged["eval/logps/chosen"], abs=1e-3)
+        chosen, _ = separate_logps(after, pairs)
+    assert chosen.mean().item() == pytest.approx(logged["eval/logps/chosen"], abs=1e-3)
     prompt = torch.tensor([pairs[0].prefix])
     assert after.generate(prompt, max_new_tokens=3, do_sample=False).shape[1] > prompt.shape[1]
 
 
-def test_export_cuts_large_models_into_shards_and_keeps_the_dtype(workplace, tmp_path):
+def test_export_keeps_the_files_names_and_dtypes_of_the_source(workplace, tmp_path):
     source = tmp_path / "source"
     model = make_model("qwen2-tied").bfloat16()
-    model.save_pretrained(source)
+    model.save_pretrained(source, max_shard_size="20KB")
     stepdpo.start_processes()
     config = make_config(workplace, tmp_path)
     policy = stepdpo.build(str(source), config, torch.device("cpu"))
-    stepdpo.export(policy, str(source), str(tmp_path / "out"), shard_bytes=20_000)
+    stepdpo.export(policy, str(source), str(tmp_path / "out"))
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert again.dtype == torch.bfloat16
@@ -751,7 +789,8 @@ def test_any_number_of_processes_gives_the_same_losses(workplace, run, tmp_path)
                 if key.endswith("accuracies") and ours["step"] == 0:
                     continue  # margins of 0, so rounding decides
                 assert ours[key] == pytest.approx(theirs[key], abs=1e-5, rel=1e-5), (processes, key)
-        with safe_open(out / "model" / "model.safetensors", "pt") as a, safe_open(run / "model" / "model.safetensors", "pt") as b:
+        with (safe_open(out / "model" / "model.safetensors", "pt") as a,
+              safe_open(run / "model" / "model.safetensors", "pt") as b):
             for name in b.keys():
                 torch.testing.assert_close(a.get_tensor(name), b.get_tensor(name), atol=2e-5, rtol=0)
 
@@ -776,19 +815,22 @@ def test_a_preempted_run_saves_and_resumes_to_the_same_losses(workplace, run, tm
     assert 3 <= int(saved.name[-6:]) <= 6
     for ours, theirs in zip(read_metrics(out), read_metrics(run), strict=True):
         assert ours["step"] == theirs["step"]
-        assert [ours.get("loss"), ours.get("eval/loss")] == pytest.approx([theirs.get("loss"), theirs.get("eval/loss")], abs=1e-6)
+        ours, theirs = ([x.get("loss"), x.get("eval/loss")] for x in (ours, theirs))
+        assert ours == pytest.approx(theirs, abs=1e-6)
 
 
 def test_reference_logps_are_cached_under_what_they_depend_on(workplace, tmp_path, capsys):
     def said(**changes):
-        stepdpo.train(make_config(workplace, tmp_path / str(len(os.listdir(tmp_path))), max_steps=1, **changes))
+        out = tmp_path / str(len(os.listdir(tmp_path)))
+        stepdpo.train(make_config(workplace, out, max_steps=1, **changes))
         return capsys.readouterr().out
     os.environ["STEPDPO_CACHE"] = str(tmp_path / "cache")
     try:
-        assert "log-probabilities computed" in said()
-        assert "log-probabilities from" in said(learning_rate=1e-4)
-        for changes in (dict(instruction="Think."), dict(span="solution"), dict(model=str(workplace / "qwen2-tied"))):
-            assert "log-probabilities computed" in said(**changes)
+        assert "computed, kept in" in said()
+        assert "pairs read from" in said(learning_rate=1e-4)
+        other_model = str(workplace / "qwen2-tied")
+        for changes in (dict(instruction="Think."), dict(span="solution"), dict(model=other_model)):
+            assert "computed, kept in" in said(**changes)
     finally:
         os.environ["STEPDPO_CACHE"] = str(workplace / "cache")
 
@@ -801,14 +843,16 @@ def test_another_reference_model_moves_the_first_loss(workplace, tmp_path):
 def test_start_up_says_what_will_happen(workplace, tmp_path, capsys):
     stepdpo.train(make_config(workplace, tmp_path, max_steps=1, max_length=110))
     out = capsys.readouterr().out
-    for expected in ("Qwen2ForCausalLM", "dropped as longer than --max-length 110 (first: ", "sharing the prefix saves",
-                     "[[chosen> So 0 + 0 = 0<]]", "packed and plain log-probabilities differ by", "model in"):
+    for expected in ("Qwen2ForCausalLM", "dropped as longer than --max-length 110 (first: ",
+                     "sharing the prefix saves", "[[chosen> So 0 + 0 = 0<]]",
+                     "packed and plain log-probabilities differ by", "model in"):
         assert expected in out
 
 
 def test_the_self_check_stops_a_run_whose_attention_ignores_the_mask(workplace, tmp_path, monkeypatch):
     monkeypatch.setattr(stepdpo.Policy, "attention_mask", lambda self, batch: None)
-    with pytest.raises(data.InputError, match="Qwen2ForCausalLM with sdpa attention: packed .* use --no-share-prefix"):
+    message = "Qwen2ForCausalLM with sdpa attention: packed .* use --no-share-prefix"
+    with pytest.raises(data.InputError, match=message):
         stepdpo.train(make_config(workplace, tmp_path))
     assert not (tmp_path / "metrics.jsonl").exists()
 
@@ -824,7 +868,8 @@ def test_a_run_is_never_overwritten_and_resume_needs_a_checkpoint(workplace, run
 
 @pytest.mark.parametrize("changes, message", [
     (dict(model="/nowhere"), "/nowhere: no such folder"),
-    (dict(tokens_per_micro_batch=100), r"pairs.jsonl:\d+: takes \d+ tokens, more than --tokens-per-micro-batch 100"),
+    (dict(tokens_per_micro_batch=100),
+     r"pairs.jsonl:\d+: takes \d+ tokens, more than --tokens-per-micro-batch 100"),
     (dict(reference="tokenizer"), "its vocabulary is not that of"),
     (dict(model="pickled"), "only safetensors weights are loaded"),
     (dict(model="headless"), "its tensors are not one to one those of Qwen2ForCausalLM"),
@@ -855,19 +900,20 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(workplace, tmp_path):
         stepdpo.train(make_config(workplace, tmp_path / "out", model=str(tmp_path / "model")))
 
 
-# ---------------------------------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------------------------------------- the command line
 
 
 def test_flags_take_hyphens_underscores_and_files(tmp_path):
     required = ["--model", "m", "--data", "d", "--output-dir", "o"]
     config = stepdpo.parse([*required, "--learning_rate", "1e-6", "--no-share-prefix", "--max-length=7"])
     assert (config.learning_rate, config.share_prefix, config.max_length) == (1e-6, False, 7)
-    (tmp_path / "args").write_text("# a recipe\n--model m --data d\n--output_dir 'a folder'  # comment\n--beta 0.5\n")
+    (tmp_path / "args").write_text(
+        "# a recipe\n--model m --data d\n--output_dir 'a folder'  # comment\n--beta 0.5\n")
     config = stepdpo.parse([f"@{tmp_path / 'args'}", "--beta", "0.3"])
     assert (config.output_dir, config.beta) == ("a folder", 0.3)
     defaults = stepdpo.parse(required)
-    assert (defaults.learning_rate, defaults.beta, defaults.batch_size, defaults.epochs, defaults.warmup_ratio) == (
-        5e-7, 0.4, 128, 8, 0.1)
+    assert (defaults.learning_rate, defaults.beta, defaults.batch_size) == (5e-7, 0.4, 128)
+    assert (defaults.epochs, defaults.warmup_ratio) == (8, 0.1)
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -876,7 +922,7 @@ def test_flags_take_hyphens_underscores_and_files(tmp_path):
     (["--beta", "0"], "--beta must be above 0, got 0.0"),
     (["--epochs", "two"], "invalid int value: 'two'"),
     (["--span", "word"], "invalid choice: 'word'"),
-    (["--max-steps", "-1"], "--max-steps must be 0 or above, got -1"),
+    (["--max-steps", "-1"], "--max-steps must be at least 0, got -1"),
 ])
 def test_bad_flags_are_usage_errors(capsys, flags, message):
     required = [] if "--model" in flags else ["--model", "m", "--data", "d", "--output-dir", "o"]

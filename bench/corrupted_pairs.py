@@ -1,10 +1,11 @@
-"""Make step pairs from GSM8K's worked solutions: a worked line as chosen, the same line with a wrong result as rejected.
+"""Make step pairs from GSM8K: a worked line as chosen, the same line with a wrong result as rejected.
 
     python bench/corrupted_pairs.py gsm8k_train.jsonl OUT.jsonl [--rows 1000] [--eval-rows 100]
 
-They have the text and the lengths of real step pairs and cost nothing, so they serve to try the trainer and to time it. They
-are no substitute for `data.py build`: the model wrote neither step, and a corrupted number is easier to spot than a wrong
-thought. The last 500 rows of the file are left alone; `--eval-rows` of those before them go to OUT.eval.jsonl.
+They have the text and the lengths of real step pairs and cost nothing, so they serve to try the trainer and
+to time it. They are no substitute for `data.py build`: the model wrote neither step, and a corrupted number
+is easier to spot than a wrong thought. The last 500 rows of the file are left alone; `--eval-rows` of those
+before them go to OUT.eval.jsonl.
 """
 
 import argparse
@@ -29,8 +30,8 @@ def pair(question: str, worked: str, rng: random.Random) -> dict | None:
     chosen, rejected = f" {lines[k]}", f" {lines[k][:result.start(1)]}{wrong}{lines[k][result.end(1):]}"
     return {"dataset": "gsm8k-corrupted", "prompt": question,
             "initial_reason_steps": "\n".join(["Let's think step by step.", *steps[:k], f"Step {k + 1}:"]),
-            "chosen": chosen, "rejected": rejected, "full_chosen": chosen + rest, "full_rejected": rejected + rest,
-            "answer": answer.strip()}
+            "chosen": chosen, "rejected": rejected,
+            "full_chosen": chosen + rest, "full_rejected": rejected + rest, "answer": answer.strip()}
 
 
 def main() -> None:
@@ -38,15 +39,16 @@ def main() -> None:
     parser.add_argument("problems", help="gsm8k_train.jsonl: fields question and answer")
     parser.add_argument("out", help="the pairs, .jsonl")
     parser.add_argument("--rows", type=int, default=1000, help="pairs to make [1000]")
-    parser.add_argument("--eval-rows", type=int, default=100, help="held-out pairs to make, into OUT.eval.jsonl [100]")
+    parser.add_argument("--eval-rows", type=int, default=100,
+                        help="held-out pairs to make, into OUT.eval.jsonl [100]")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
     with open(args.problems) as file:
         problems = [json.loads(line) for line in file][:-500]
     pairs = [made for row in problems if (made := pair(row["question"], row["answer"], rng))]
-    for path, part in ((args.out, pairs[:args.rows]),
-                       (args.out.removesuffix(".jsonl") + ".eval.jsonl", pairs[len(pairs) - args.eval_rows:])):
+    eval_out = args.out.removesuffix(".jsonl") + ".eval.jsonl"
+    for path, part in ((args.out, pairs[:args.rows]), (eval_out, pairs[len(pairs) - args.eval_rows:])):
         with open(path, "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in part)
         print(f"{len(part):,} pairs -> {path}")
