@@ -254,8 +254,8 @@ def split(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list[int
 
     Longest first into the emptiest bin; then bins of like size are dealt to the ranks together, so that in
     every micro-batch all ranks have about the same work. All ranks compute the same plan, so no messages are
-    needed. With more ranks than items some lists are empty. Raises ValueError if one item alone exceeds the
-    budget.
+    needed. With more ranks than items some lists are empty.
+    Raises ValueError if one item alone exceeds the budget.
     """
     if max(lengths) > budget:
         raise ValueError(f"every length must be <= budget {budget}, got {max(lengths)}")

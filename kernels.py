@@ -5,8 +5,7 @@ but the plain way makes V of them: at 4096 tokens and a vocabulary of 152,064 th
 the logits, and log-softmax and its gradient want several copies. Nothing of that is needed at once.
 
 Forward. Walk over the vocabulary in blocks. A vendor GEMM makes the block's logits, a tile (T, BLOCK) in
-fp32; a row kernel folds the tile into three running numbers per token and the tile is overwritten by the next
-block:
+fp32; a row kernel folds the tile into three running numbers per token, then the next block overwrites it:
 
     m' = max(m, max_j z_j)   s' = s exp(m - m') + sum_j exp(z_j - m')   t' = z[target] if in the block, else t
     log p = t - (m + log s)  starting from m = -inf, s = 0
@@ -22,7 +21,7 @@ The row kernels read a tile once (4 T V bytes over all blocks), which is 4 / D o
 what costs. The logits stay fp32 all the way; bf16 logits would put 0.02-0.04 nats of noise on every token.
 
 This file needs torch and triton only. Copy it, call `linear_logps`, and build any loss on what it returns.
-Letters: T tokens, D hidden size, V vocabulary. A `d` in front is the gradient of the loss with respect to the thing.
+Letters: T tokens, D hidden size, V vocabulary. `dx` is the gradient of the loss with respect to x.
 """
 
 import torch
@@ -49,8 +48,7 @@ def linear_logps(
     and a few numbers per token.
 
     Matrix products are the vendor's (bf16/fp16 operands, fp32 accumulation and result); the rest are Triton
-    kernels on CUDA, and also on CPU under TRITON_INTERPRET=1. On CPU otherwise it is plain torch over the
-    same blocks.
+    kernels on CUDA, and on CPU under TRITON_INTERPRET=1. Otherwise CPU runs plain torch over the same blocks.
     Each gradient is computed only if its input requires it. Double backward is not supported.
     Raises ValueError if shapes, dtypes or devices do not fit or a target is outside [0, V). (That last check
     waits for the device once per call.)

@@ -5,15 +5,15 @@ Given a problem x, correct steps s_1..s_{k-1}, a correct next step s_win and a w
     L = -E log sigmoid( beta * [ log pi(s_win | x, s_<k) / pi_ref(s_win | x, s_<k)
                                - log pi(s_lose | x, s_<k) / pi_ref(s_lose | x, s_<k) ] )
 
-where pi_ref is the model before training. Only the step is trained on; the problem and earlier steps are context.
+where pi_ref is the model before training. Only the step is trained on; all before it is context.
 
     python stepdpo.py --model MODEL --data pairs.jsonl --output-dir OUT              # one process, CPU or GPU
     torchrun --nproc_per_node 8 stepdpo.py --model Qwen/Qwen2-7B-Instruct \\
         --data xinlai/Math-Step-DPO-10K --output-dir OUT
 
 In reading order: the loss; the policy, a model that returns log-probabilities of steps; building, sharding,
-loading and exporting it; the log-probabilities of many pairs; the training loop. data.py says what a pair is and
-how it becomes tokens, kernels.py why no logits are ever held.
+loading and exporting it; the log-probabilities of many pairs; the training loop. data.py says what a pair is
+and how it becomes tokens, kernels.py why no logits are ever held.
 """
 
 import argparse
@@ -72,33 +72,33 @@ def flag(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any
 class Config:
     """Every flag of the command line, with the paper's values as defaults."""
 
-    model: str = flag(None, "model to train: a Hugging Face folder with safetensors, or a hub name (required)")
+    model: str = flag(None, "model to train: a Hugging Face folder with safetensors, or hub name (required)")
     data: str = flag(None, "step pairs to train on: .jsonl, .json, .parquet or a hub dataset (required)")
     output_dir: str = flag(None, "folder for metrics.jsonl, run.json, checkpoints/, model/ (required)")
     eval_data: str = flag(None, "held-out step pairs: the same metrics, no training")
     reference: str = flag(None, "reference model, if it is not the model itself before training")
     span: str = flag("step", "train on one step, or on the whole solution (plain DPO)", tuple(SPANS))
     template: str = flag("chat", "how problem and answer are put together", TEMPLATES)
-    instruction: str = flag(None, "text after the problem in the user turn, '' for none; default: the template's "
-                                  f"own (chat and deepseek-math: '{INSTRUCTION}'; alpaca: none)")
+    instruction: str = flag(None, "text after the problem in the user turn, '' for none; default: the "
+                                  f"template's own (chat and deepseek-math: '{INSTRUCTION}'; alpaca: none)")
     beta: float = flag(0.4, "strength of the pull towards the reference (paper: 0.4, and 0.5 for 72B)")
     learning_rate: float = flag(5e-7, "peak; linear warm-up, then cosine to 0")
-    batch_size: int = flag(128, "pairs per optimizer step over all ranks (epochs are cut evenly, so about this)")
-    tokens_per_micro_batch: int = flag(None, "tokens in one forward and backward of a rank: sets memory and speed, "
-                                             "not the result (default: 4096 on CUDA, 1024 on CPU)")
+    batch_size: int = flag(128, "pairs per optimizer step over all ranks, about (epochs are cut evenly)")
+    tokens_per_micro_batch: int = flag(None, "tokens in one forward and backward of a rank: sets memory and "
+                                             "speed, not the result (default: 4096 on CUDA, 1024 on CPU)")
     epochs: int = flag(8, "passes over the pairs (paper: 8, and 4 above 30B)")
     max_steps: int = flag(0, "end the schedule after so many optimizer steps; 0: after all epochs")
     warmup_ratio: float = flag(0.1, "share of the optimizer steps with rising learning rate")
-    max_length: int = flag(1024, "tokens of prefix + step; longer pairs are dropped and counted, never truncated")
+    max_length: int = flag(1024, "tokens of prefix + step; longer pairs are dropped and counted, never cut")
     max_grad_norm: float = flag(1.0, "clip the gradient to this norm")
-    eval_every: int = flag(50, "optimizer steps between evaluations (there is always one before and one after)")
+    eval_every: int = flag(50, "optimizer steps between evaluations (always one before and one after)")
     save_every: int = flag(0, "optimizer steps between checkpoints; 0: only when stopped by SIGTERM")
     resume: bool = flag(False, "continue from the checkpoint in --output-dir")
     share_prefix: bool = flag(True, "lay out only once what chosen and rejected have in common")
     activation_checkpointing: bool = flag(True, "keep only each layer's input: less memory, 1/3 more work")
     offload: bool = flag(False, "keep parameters, gradients and optimizer state in CPU memory")
     compile: bool = flag(False, "torch.compile each decoder layer")
-    dtype: str = flag(None, "compute type; master weights stay float32 (default: bfloat16 on CUDA, float32 on CPU)",
+    dtype: str = flag(None, "compute type; master weights: float32 (default: bfloat16 on CUDA, else float32)",
                       ("bfloat16", "float32"))
     seed: int = flag(0, "order of the pairs")
 
@@ -106,16 +106,16 @@ class Config:
         zero_is_fine = ("max_steps", "save_every", "warmup_ratio", "seed")
         for field in dataclasses.fields(self):
             name, value = f"--{field.name.replace('_', '-')}", getattr(self, field.name)
-            choices = field.metadata["choices"]
+            choices, may_be_zero = field.metadata["choices"], field.name in zero_is_fine
             if field.name in ("model", "data", "output_dir") and not value:
                 raise InputError(f"{name} is required")
             if choices and value not in (None, *choices):
                 raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-            if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and field.name in zero_is_fine):
-                raise InputError(f"{name} must be {'at least' if field.name in zero_is_fine else 'above'} 0, got {value}")
+            if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and may_be_zero):
+                raise InputError(f"{name} must be {'at least' if may_be_zero else 'above'} 0, got {value}")
 
 
-# ---------------------------------------------------------------------------------------------------- the loss
+# --------------------------------------------------------------------------------------------------- the loss
 
 
 def step_dpo_loss(
@@ -141,7 +141,7 @@ def step_dpo_loss(
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
-# -------------------------------------------------------------------------------------------------- the policy
+# ------------------------------------------------------------------------------------------------- the policy
 
 
 class Head(nn.Linear):
@@ -161,8 +161,9 @@ class Policy(nn.Module):
         self.name = type(model).__name__
         for key in ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier"):
             if getattr(self.config, key, None) not in (None, 1):
-                raise InputError(f"{self.name} changes its logits ({key} = {getattr(self.config, key)}), which is "
-                                 "not supported: what was trained would not be what the model computes")
+                raise InputError(
+                    f"{self.name} changes its logits ({key} = {getattr(self.config, key)}), which is "
+                    "not supported: what was trained would not be what the model computes")
         head = model.get_output_embeddings()
         if type(head) is not nn.Linear or head.bias is not None:
             raise InputError(f"{self.name}: the head must be a linear layer without bias, got {head}")
@@ -171,17 +172,17 @@ class Policy(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """(T,) fp32: log-probabilities of the trained tokens, in nats."""
         hidden = self.model.base_model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=self.attention_mask(batch),
-            use_cache=False).last_hidden_state  # (1, L, D)
+            input_ids=batch.input_ids, position_ids=batch.position_ids,
+            attention_mask=self.attention_mask(batch), use_cache=False).last_hidden_state  # (1, L, D)
         return self.model.get_output_embeddings()(hidden[0, batch.predict_at], batch.targets)
 
     def plain_token_logps(self, ids: Tensor, trained: int) -> Tensor:
-        """(trained,) fp32: of the last tokens of one sequence (L,), by the model's own forward and its logits."""
+        """(trained,) fp32: of the last tokens of one sequence (L,), by the model's own forward and logits."""
         logits = self.model(ids[None], use_cache=False, logits_to_keep=trained + 1).logits[0, :-1]
         return logits.float().log_softmax(-1).gather(1, ids[-trained:, None])[:, 0]
 
     def attention_mask(self, batch: Batch) -> Any:
-        """The rule of `data.may_attend` in the form the model's attention takes (a dict where layers differ)."""
+        """The rule of `data.may_attend` in the form the model's attention takes (a dict if layers differ)."""
         if not self.share_prefix:
             return None  # transformers takes a position that starts again at 0 for a new document
         window = getattr(self.config, "sliding_window", None)
@@ -193,7 +194,7 @@ class Policy(nn.Module):
         return {"full_attention": self._mask(batch, None), "sliding_attention": self._mask(batch, window)}
 
     def _mask(self, batch: Batch, window: int | None) -> Any:
-        rule, length, device = data.may_attend(batch, window), batch.input_ids.shape[1], batch.input_ids.device
+        rule, length, device = data.may_attend(batch, window), batch.input_ids.size(1), batch.input_ids.device
         if self.config._attn_implementation == "flex_attention":
             from torch.nn.attention.flex_attention import create_block_mask
             return create_block_mask(rule, 1, None, length, length, device=device)
@@ -203,17 +204,17 @@ class Policy(nn.Module):
 
 def step_logps(token_logps: Tensor, batch: Batch) -> Tensor:
     """Sum (T,) token log-probabilities by step: (2, B), chosen and rejected."""
-    return token_logps.new_zeros(2 * batch.pairs).index_add(0, batch.sequence, token_logps).view(2, batch.pairs)
+    return token_logps.new_zeros(2 * batch.pairs).index_add(0, batch.sequence, token_logps).view(2, -1)
 
 
-# ------------------------------------------------------------------------------- building, sharding, loading, exporting
+# --------------------------------------------------------------------- building, sharding, loading, exporting
 
 
 def build(path: str, config: Config, device: torch.device) -> Policy:
-    """The model in folder `path`, sharded over all ranks, in evaluation mode: training has no dropout either."""
+    """The model in folder `path`, sharded over all ranks, in eval mode: training has no dropout either."""
     attention = "flex_attention" if device.type == "cuda" else "sdpa"
     with parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32,
+        model = AutoModelForCausalLM.from_config(pretrained(AutoConfig, path), dtype=torch.float32,
                                                  attn_implementation=attention)
     policy = Policy(model, config.share_prefix).eval()
     shard(policy, config, device)
@@ -221,9 +222,16 @@ def build(path: str, config: Config, device: torch.device) -> Policy:
     return policy
 
 
+def pretrained(kind: Any, path: str) -> Any:
+    try:
+        return kind.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: {error}") from None
+
+
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Parameters get no memory; buffers (rotary frequencies, which no checkpoint holds) are computed as always."""
+    """Parameters get no memory; buffers (rotary frequencies, in no checkpoint) are computed as always."""
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -238,11 +246,13 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def shard(policy: Policy, config: Config, device: torch.device) -> None:
-    """FSDP2: each decoder layer is gathered while it runs; so are, if untied, embedding and head; then the rest."""
+    """FSDP2: each decoder layer is gathered while it runs; untied embedding and head too; then the rest."""
     model = policy.model
-    layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    layers = [module for module in model.modules()
+              if type(module).__name__ in (model._no_split_modules or ())]
     if not layers:
-        raise InputError(f"{policy.name} does not name its decoder layers (_no_split_modules): it cannot be sharded")
+        raise InputError(f"{policy.name} does not name its decoder layers (_no_split_modules): "
+                         "it cannot be sharded")
     wrap = partial(
         fully_shard,
         mesh=init_device_mesh(device.type, (dist.get_world_size(),)),
@@ -260,7 +270,7 @@ def shard(policy: Policy, config: Config, device: torch.device) -> None:
     if not tied:
         wrap(embedding)
         wrap(head)
-    wrap(policy, reshard_after_forward=True)  # else a pass without gradients would leave gathered parameters behind
+    wrap(policy, reshard_after_forward=True)  # else passes without gradients leave gathered parameters behind
     home = torch.device("cpu") if config.offload else device
     policy._apply(lambda tensor: torch.empty_like(tensor, device=home) if tensor.is_meta else tensor)
     if tied:
@@ -270,12 +280,14 @@ def shard(policy: Policy, config: Config, device: torch.device) -> None:
 
 def weight_files(path: str) -> dict[str, str]:
     """Tensor name -> safetensors file, of the model in folder `path`."""
-    index, single = (os.path.join(path, name) for name in ("model.safetensors.index.json", "model.safetensors"))
+    index = os.path.join(path, "model.safetensors.index.json")
+    single = os.path.join(path, "model.safetensors")
     if os.path.exists(index):
         with open(index) as file:
             return {name: os.path.join(path, part) for name, part in json.load(file)["weight_map"].items()}
     if not os.path.exists(single):
-        raise InputError(f"{path}: has no model.safetensors(.index.json); only safetensors weights are loaded")
+        raise InputError(f"{path}: has no model.safetensors(.index.json); "
+                         "only safetensors weights are loaded")
     with safe_open(single, "pt") as file:
         return dict.fromkeys(file.keys(), single)
 
@@ -287,18 +299,18 @@ def load(policy: Policy, path: str) -> None:
     Raises InputError if the tensors in the folder are not, one to one, those of the model.
     """
     files, tensors = weight_files(path), policy.model.state_dict(keep_vars=True)
-    filled = {tensor for name, tensor in tensors.items() if name in files}  # tied weights may be stored once or twice
+    filled = {tensor for name, tensor in tensors.items() if name in files}  # tied: stored once or twice
     missing = [name for name, tensor in tensors.items() if tensor not in filled]
-    unknown = [name for name in files if name not in tensors and not name.endswith("inv_freq")]  # computed here
+    unknown = [name for name in files if name not in tensors and not name.endswith("inv_freq")]  # recomputed
     if missing or unknown:
-        raise InputError(f"{path}: its tensors are not one to one those of {policy.name}, which is not supported "
-                         f"(missing: {missing[:3]}, left over: {unknown[:3]})")
-    file, rank, ranks = None, dist.get_rank(), dist.get_world_size()
-    for name in tqdm(tensors.keys() & files.keys(), desc="loading", unit="tensor", disable=rank != 0, leave=False):
+        raise InputError(f"{path}: its tensors are not one to one those of {policy.name}, which is not "
+                         f"supported (missing: {missing[:3]}, left over: {unknown[:3]})")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    for name in tqdm(tensors.keys() & files, desc="loading", unit="tensor", disable=rank != 0, leave=False):
         with safe_open(files[name], "pt") as file:
             tensor, rows = tensors[name], file.get_slice(name)
             if rows.get_shape() != list(tensor.shape):
-                raise InputError(f"{files[name]}: {name} must be {list(tensor.shape)}, got {rows.get_shape()}")
+                raise InputError(f"{files[name]}: {name} must be {[*tensor.shape]}, got {rows.get_shape()}")
             if isinstance(tensor, DTensor):
                 chunk = -(-len(tensor) // ranks)  # FSDP cuts dimension 0 like torch.chunk
                 tensor.to_local().copy_(rows[min(rank * chunk, len(tensor)):(rank + 1) * chunk])
@@ -308,8 +320,8 @@ def load(policy: Policy, path: str) -> None:
 
 @torch.no_grad()
 def export(policy: Policy, source: str, path: str) -> None:
-    """Write the folder `source` again with the trained numbers in it: same files, names and dtypes, so whatever
-    loads one loads the other. Complete or absent, never half."""
+    """Write the folder `source` again with the trained numbers in it: same files, names and dtypes, so
+    whatever loads one loads the other. Complete or absent, never half."""
     files, tensors = weight_files(source), policy.model.state_dict()
     writer, new = dist.get_rank() == 0, path + ".tmp"
     if writer:
@@ -318,7 +330,8 @@ def export(policy: Policy, source: str, path: str) -> None:
         for name in os.listdir(source):  # configuration, tokenizer, chat template: byte for byte
             if name.endswith((".json", ".jinja", ".txt", ".model")):
                 shutil.copy(os.path.join(source, name), new)
-    for part in tqdm(sorted(set(files.values())), desc="exporting", unit="file", disable=not writer, leave=False):
+    parts = sorted(set(files.values()))
+    for part in tqdm(parts, desc="exporting", unit="file", disable=not writer, leave=False):
         whole = {}
         with safe_open(part, "pt") as before:
             for name in sorted(name for name in files if files[name] == part):
@@ -353,25 +366,27 @@ def resolve(name: str) -> str:
         raise InputError(f"{name}: not a folder here, and not to be had from the hub ({error})") from None
 
 
-# -------------------------------------------------------------------------------- log-probabilities of many pairs
+# ---------------------------------------------------------------------------- log-probabilities of many pairs
 
 
 def micro_batches(pairs: Sequence[Pair], indices: Sequence[int], config: Config, device: torch.device,
                   desc: str | None = None) -> Iterator[tuple[list[int], Batch]]:
-    """This rank's micro-batches of one global batch, with the indices of their pairs: as many as on other ranks.
+    """This rank's micro-batches of one global batch, with their pairs' indices: as many as on other ranks.
 
     On CUDA rows are padded to multiples of 1/8 of the budget: each new length compiles the attention again.
     """
     lengths = [pairs[i].tokens(config.share_prefix) for i in indices]
     multiple = -(-config.tokens_per_micro_batch // 1024) * 128 if device.type == "cuda" else 1
     plan = data.split(lengths, dist.get_world_size(), config.tokens_per_micro_batch)
-    for ranks in tqdm(plan, desc=desc, unit="batch", disable=desc is None or dist.get_rank() != 0, leave=False):
+    quiet = desc is None or dist.get_rank() != 0
+    for ranks in tqdm(plan, desc=desc, unit="batch", disable=quiet, leave=False):
         mine = [int(indices[j]) for j in ranks[dist.get_rank()]]
         yield mine, data.pack([pairs[i] for i in mine], config.share_prefix, multiple).to(device)
 
 
 @torch.no_grad()
-def all_logps(policy: Policy, pairs: Sequence[Pair], config: Config, device: torch.device, desc: str) -> Tensor:
+def all_logps(policy: Policy, pairs: Sequence[Pair], config: Config, device: torch.device,
+              desc: str) -> Tensor:
     """(2, N) fp32 on every rank: log-probabilities of the chosen and rejected steps of all pairs, in nats."""
     logps = torch.zeros(2, len(pairs), device=device)
     for mine, batch in micro_batches(pairs, range(len(pairs)), config, device, desc):
@@ -384,11 +399,11 @@ def all_logps(policy: Policy, pairs: Sequence[Pair], config: Config, device: tor
 def self_check(policy: Policy, pairs: Sequence[Pair], config: Config, device: torch.device) -> float:
     """Packed log-probabilities of two pairs against the model's own logits on their four plain sequences.
 
-    A wrong mask is silent: `eager` attention adds a boolean mask to the scores, others ignore it. Returns the mean
-    difference in nats per token; raises InputError if it is more than rounding.
+    A wrong mask is silent: `eager` attention adds a boolean mask to the scores, others ignore it. Returns the
+    mean difference in nats per token; raises InputError if it is more than rounding.
     """
     order = sorted(pairs, key=lambda pair: pair.tokens(config.share_prefix))
-    sample = [order[-1], order[0]]  # the longest meets every window, the second shows that pairs do not see each other
+    sample = [order[-1], order[0]]  # the longest meets every window; a second shows that pairs are separate
     packed = policy(data.pack(sample, config.share_prefix).to(device))
     plain = [policy.plain_token_logps(torch.tensor(pair.prefix + step, device=device), len(step))
              for pair in sample for step in (pair.chosen, pair.rejected)]
@@ -396,9 +411,10 @@ def self_check(policy: Policy, pairs: Sequence[Pair], config: Config, device: to
     allowed = 1e-4 if config.dtype == "float32" else 0.1  # bf16 logits alone are off by 0.02-0.04
     if not difference <= allowed:
         raise InputError(
-            f"{policy.name} with {policy.config._attn_implementation} attention: packed log-probabilities differ from "
-            f"plain ones by {difference:.2g} nats per token (allowed: {allowed:g}), so it does not follow the packed "
-            f"mask; " + ("use --no-share-prefix" if config.share_prefix else "this model cannot be trained here"))
+            f"{policy.name} with {policy.config._attn_implementation} attention: packed log-probabilities "
+            f"differ from plain ones by {difference:.2g} nats per token (allowed: {allowed:g}), so it does "
+            "not follow the packed mask; "
+            + ("use --no-share-prefix" if config.share_prefix else "this model cannot be trained here"))
     return difference
 
 
@@ -406,8 +422,8 @@ def reference_logps(policy: Policy, path: str, name: str, pairs: Sequence[Pair],
                     device: torch.device) -> Tensor:
     """(2, N) log-probabilities under the reference, computed as the policy's are, or from the cache.
 
-    The cache ($STEPDPO_CACHE, by default ~/.cache/stepdpo) is keyed by a hash of the model's files, the token ids
-    (so of data, template, span and tokenizer) and what changes the arithmetic.
+    The cache ($STEPDPO_CACHE, by default ~/.cache/stepdpo) is keyed by a hash of the model's files, the token
+    ids (so of data, template, span and tokenizer) and what changes the arithmetic.
     """
     key = [model_fingerprint(path), data.fingerprint(pairs), config.dtype, config.share_prefix, device.type,
            torch.__version__, transformers.__version__]
@@ -426,12 +442,13 @@ def reference_logps(policy: Policy, path: str, name: str, pairs: Sequence[Pair],
     else:
         logps = torch.empty(2, len(pairs), device=device)
     dist.broadcast(logps, 0)
-    say(f"reference   log-probabilities of {name} pairs {'read from' if cached[0] else 'computed, kept in'} {file}")
+    say(f"reference   log-probabilities of {name} pairs "
+        f"{'read from' if cached[0] else 'computed, kept in'} {file}")
     return logps
 
 
 def model_fingerprint(path: str) -> str:
-    """Hash of each weight file's name, size, time and 64 samples of 4 KiB (reading all of 72B would take minutes)."""
+    """Hash of each weight file's name, size, time and 64 samples of 4 KiB (all of 72B would take minutes)."""
     digest = hashlib.sha256()
     for file in [os.path.join(path, "config.json"), *sorted(set(weight_files(path).values()))]:
         status = os.stat(file)
@@ -443,16 +460,17 @@ def model_fingerprint(path: str) -> str:
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------ the training
+# ----------------------------------------------------------------------------------------------- the training
 
-METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
-           "logps/rejected")
+METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
+           "logps/chosen", "logps/rejected")
 
 
 def loss_and_metrics(logps: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """From (2, B) policy and reference log-probabilities: the summed loss, and the sums of METRICS, (7,) fp64."""
+    """From (2, B) policy and reference logps: the summed loss, and the sums of METRICS, (7,) fp64."""
     losses, chosen, rejected = step_dpo_loss(*logps, *reference, beta)
-    rows = [losses.detach(), chosen, rejected, chosen - rejected, (chosen > rejected).float(), *logps.detach()]
+    rows = [losses.detach(), chosen, rejected, chosen - rejected, (chosen > rejected).float(),
+            *logps.detach()]
     return losses.sum(), torch.stack(rows).double().sum(1)
 
 
@@ -465,14 +483,15 @@ def learning_rate(step: int, steps: int, config: Config) -> float:
 
 
 def train(config: Config) -> None:
-    """The whole run: read, load, self-check, reference log-probabilities, optimizer steps, export. Collective."""
+    """The whole run: read, load, self-check, reference logps, optimizer steps, export. Collective."""
     device, out = start_processes(), config.output_dir
     if os.path.isdir(os.path.join(out, "model")) and config.resume:
         return say(f"finished    already: {os.path.join(out, 'model')}")
     if os.path.exists(os.path.join(out, "metrics.jsonl")) and not config.resume:
-        raise InputError(f"{out}: already holds a run; continue it with --resume or choose another --output-dir")
+        raise InputError(f"{out}: already holds a run; continue it with --resume "
+                         "or choose another --output-dir")
     path = resolve(config.model)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = pretrained(AutoTokenizer, path)
     sets, dropped = {}, {}
     for name, source in (("training", config.data), ("held-out", config.eval_data)):
         if source:
@@ -484,13 +503,14 @@ def train(config: Config) -> None:
     plan = plan[:config.max_steps or len(plan)]
 
     reference_path = resolve(config.reference) if config.reference else path
-    if config.reference and AutoTokenizer.from_pretrained(reference_path).get_vocab() != tokenizer.get_vocab():
+    if config.reference and pretrained(AutoTokenizer, reference_path).get_vocab() != tokenizer.get_vocab():
         raise InputError(f"--reference {config.reference}: its vocabulary is not that of {config.model}")
     policy = build(reference_path, config, device)
     describe(policy, config, device, tokenizer, sets, dropped, plan)
     say(f"self-check  packed and plain log-probabilities differ by "
         f"{self_check(policy, pairs, config, device):.1e} nats per token")
-    reference = {name: reference_logps(policy, reference_path, name, sets[name], config, device) for name in sets}
+    reference = {name: reference_logps(policy, reference_path, name, sets[name], config, device)
+                 for name in sets}
     if config.reference:
         del policy
         policy = build(path, config, device)
@@ -501,10 +521,11 @@ def train(config: Config) -> None:
     first = resume(policy, optimizer, identity, out) if config.resume else 0
     if dist.get_rank() == 0:
         os.makedirs(out, exist_ok=True)
-        versions = {module.__name__: module.__version__ for module in (torch, triton, transformers, safetensors, numpy)}
+        versions = {module.__name__: module.__version__
+                    for module in (torch, triton, transformers, safetensors, numpy)}
         write_json(os.path.join(out, "run.json"), {
-            **identity, "optimizer_steps": len(plan), "processes": dist.get_world_size(), "device": kind(device),
-            "versions": versions, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+            **identity, "optimizer_steps": len(plan), "processes": dist.get_world_size(),
+            "device": kind(device), "versions": versions, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
 
     def evaluate(step: int) -> None:
         if "held-out" in sets:
@@ -512,8 +533,8 @@ def train(config: Config) -> None:
             means = loss_and_metrics(logps, reference["held-out"], config.beta)[1] / logps.shape[1]
             line = {"step": step, **{f"eval/{k}": v for k, v in zip(METRICS, means.tolist(), strict=True)}}
             log(out, line)
-            say(f"step {step:4d}   held-out loss {line['eval/loss']:.4f}, margin {line['eval/rewards/margins']:+.4f}, "
-                f"accuracy {line['eval/rewards/accuracies']:.1%}")
+            say(f"step {step:4d}   held-out loss {line['eval/loss']:.4f}, "
+                f"margin {line['eval/rewards/margins']:+.4f}, accuracy {line['eval/rewards/accuracies']:.1%}")
 
     stop_asked = []  # a preempted job is sent SIGTERM: finish the step, save, exit
     default = signal.signal(signal.SIGTERM, lambda *_: stop_asked.append(True))
@@ -536,8 +557,9 @@ def train(config: Config) -> None:
         *totals, tokens, stop = sums.tolist()
         means = [total / len(indices) for total in totals]
         if not (math.isfinite(means[0]) and math.isfinite(norm)):
-            raise InputError(f"step {step}: loss {means[0]}, gradient norm {norm}; nothing was updated. Try a lower "
-                             f"--learning-rate; the pairs: {', '.join(pairs[i].where for i in indices[:5])} ...")
+            raise InputError(
+                f"step {step}: loss {means[0]}, gradient norm {norm}; nothing was updated. Try a lower "
+                f"--learning-rate; the pairs: {', '.join(pairs[i].where for i in indices[:5])} ...")
         optimizer.param_groups[0]["lr"] = rate = learning_rate(step, len(plan), config)
         optimizer.step()
         optimizer.zero_grad()
@@ -555,7 +577,8 @@ def train(config: Config) -> None:
             save(policy, optimizer, out, done)
         if done < len(plan) and stop:
             bar.close()
-            say(f"stopped     after optimizer step {done} of {len(plan)}; the same command with --resume continues")
+            say(f"stopped     after optimizer step {done} of {len(plan)}; "
+                "the same command with --resume continues")
             sys.exit(128 + signal.SIGTERM)
     bar.close()
     signal.signal(signal.SIGTERM, default)
@@ -573,14 +596,14 @@ def complete(config: Config, sets: dict[str, list[Pair]], device: torch.device) 
     needed = longest.tokens(config.share_prefix)
     budget = config.tokens_per_micro_batch or max(needed, 4096 if cuda else 1024)
     if needed > budget:
-        raise InputError(f"{longest.where}: takes {needed} tokens, more than --tokens-per-micro-batch {budget}; "
-                         "raise that or lower --max-length")
+        raise InputError(f"{longest.where}: takes {needed} tokens, more than --tokens-per-micro-batch "
+                         f"{budget}; raise that or lower --max-length")
     dtype = config.dtype or ("bfloat16" if cuda else "float32")
     return dataclasses.replace(config, dtype=dtype, tokens_per_micro_batch=budget)
 
 
-def describe(policy: Policy, config: Config, device: torch.device, tokenizer: Any, sets: dict[str, list[Pair]],
-             dropped: dict[str, list[str]], plan: list) -> None:
+def describe(policy: Policy, config: Config, device: torch.device, tokenizer: Any,
+             sets: dict[str, list[Pair]], dropped: dict[str, list[str]], plan: list) -> None:
     """Say what will happen, so that a wrong template or lost data is seen before hours are spent."""
     pairs = sets["training"]
     mean = [sum(len(pair[k]) for pair in pairs) / len(pairs) for k in range(3)]
@@ -588,20 +611,21 @@ def describe(policy: Policy, config: Config, device: torch.device, tokenizer: An
     parameters = sum(parameter.numel() for parameter in policy.parameters())
     say(f"model       {config.model}: {policy.name}, {parameters / 1e6:,.1f}M parameters, "
         f"{policy.config._attn_implementation} attention\n"
-        f"processes   {dist.get_world_size()} x {kind(device)}, compute in {config.dtype}, master weights in float32")
+        f"processes   {dist.get_world_size()} x {kind(device)}, compute in {config.dtype}, "
+        "master weights in float32")
     for name in sets:
         lost = dropped[name]
         say(f"{name:11s} {len(sets[name]):,} pairs, {len(lost):,} dropped as longer than --max-length "
             f"{config.max_length}" + (f" (first: {', '.join(lost[:3])})" if lost else ""))
-    say(f"lengths     prefix {mean[0]:.0f}, chosen {mean[1]:.0f}, rejected {mean[2]:.0f} tokens in the mean; sharing "
-        f"the prefix {'saves' if config.share_prefix else 'would save'} {saved:.0%} of all tokens\n"
-        f"steps       {len(plan)} optimizer steps of about {len(plan[0])} pairs, {config.tokens_per_micro_batch} "
-        f"tokens per micro-batch\n"
+    say(f"lengths     prefix {mean[0]:.0f}, chosen {mean[1]:.0f}, rejected {mean[2]:.0f} tokens in the mean; "
+        f"sharing the prefix {'saves' if config.share_prefix else 'would save'} {saved:.0%} of all tokens\n"
+        f"steps       {len(plan)} optimizer steps of about {len(plan[0])} pairs, "
+        f"{config.tokens_per_micro_batch} tokens per micro-batch\n"
         f"example     {pairs[0].where}, the trained tokens in [[...]]:\n"
         + "\n".join(f"    | {line}" for line in data.marked(pairs[0], tokenizer).splitlines()))
 
 
-# ------------------------------------------------------------------------------------------ checkpoints and files
+# -------------------------------------------------------------------------------------- checkpoints and files
 
 
 def save(policy: Policy, optimizer: torch.optim.Optimizer, out: str, step: int) -> None:
@@ -614,27 +638,31 @@ def save(policy: Policy, optimizer: torch.optim.Optimizer, out: str, step: int) 
     if dist.get_rank() == 0:
         os.rename(path + ".tmp", path)
         for name in older:
-            shutil.rmtree(os.path.join(folder, name))
+            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)  # PATH.tmp of a killed run is gone
     dist.barrier()
 
 
 def resume(policy: Policy, optimizer: torch.optim.Optimizer, identity: dict[str, Any], out: str) -> int:
-    """Load the newest checkpoint and forget the metrics after it. Returns the number of optimizer steps it has seen.
+    """Load the newest checkpoint and forget the metrics after it. Returns the optimizer steps it has seen.
 
     Raises InputError if there is none, or if a flag or the data that the result depends on has changed.
     """
     folder, metrics_file = os.path.join(out, "checkpoints"), os.path.join(out, "metrics.jsonl")
-    names = sorted(re.findall(r"\bstep-\d+$", "\n".join(os.listdir(folder)), re.M)) if os.path.isdir(folder) else []
+    present = os.listdir(folder) if os.path.isdir(folder) else []
+    names = sorted(re.findall(r"\bstep-\d+$", "\n".join(present), re.M))
     if not names:
-        raise InputError(f"--resume: no checkpoint in {folder}; start without --resume in another --output-dir")
+        raise InputError(f"--resume: no checkpoint in {folder}; "
+                         "start without --resume in another --output-dir")
     with open(os.path.join(out, "run.json")) as file:
         before = json.load(file)
     free = ("resume", "output_dir", "tokens_per_micro_batch", "eval_every", "save_every", "share_prefix",
             "activation_checkpointing", "offload", "compile")
     changed = [f"--{key.replace('_', '-')} {before['config'].get(key)} -> {value}"
-               for key, value in identity["config"].items() if key not in free and before["config"].get(key) != value]
+               for key, value in identity["config"].items()
+               if key not in free and before["config"].get(key) != value]
     if changed or before["pairs"] != identity["pairs"]:
-        raise InputError(f"--resume: {out} was started with another {', '.join(changed) or 'content of --data'}")
+        raise InputError(f"--resume: {out} was started with another "
+                         f"{', '.join(changed) or 'content of --data'}")
     model_state, optimizer_state = get_state_dict(policy, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state}
     dcp.load(state, checkpoint_id=os.path.join(folder, names[-1]))
@@ -667,7 +695,7 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
-# ----------------------------------------------------------------------------------- processes and command line
+# --------------------------------------------------------------------------------- processes and command line
 
 
 def start_processes() -> torch.device:
@@ -676,7 +704,7 @@ def start_processes() -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-        torch._dynamo.config.recompile_limit = 64  # rows have several lengths, each with and without gradients
+        torch._dynamo.config.recompile_limit = 64  # rows have several lengths, with and without gradients
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
@@ -693,7 +721,7 @@ def parse(arguments: list[str] | None = None) -> Config:
         prog="stepdpo.py", description=__doc__, allow_abbrev=False, fromfile_prefix_chars="@",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="@FILE reads flags from FILE, written as on the command line; # starts a comment.")
-    parser.convert_arg_line_to_args = lambda line: [hyphens(word) for word in shlex.split(line, comments=True)]
+    parser.convert_arg_line_to_args = lambda line: list(map(hyphens, shlex.split(line, comments=True)))
     for field in dataclasses.fields(Config):
         shown = "" if field.default is None or field.type is bool else f" [{field.default}]"
         options = {"default": field.default, "help": field.metadata["help"] + shown}
@@ -702,7 +730,7 @@ def parse(arguments: list[str] | None = None) -> Config:
         else:
             options |= {"type": field.type, "choices": field.metadata["choices"]}
         parser.add_argument(f"--{field.name.replace('_', '-')}", **options)
-    namespace = parser.parse_args([hyphens(word) for word in (sys.argv[1:] if arguments is None else arguments)])
+    namespace = parser.parse_args(list(map(hyphens, sys.argv[1:] if arguments is None else arguments)))
     try:
         return Config(**vars(namespace))
     except InputError as error:

@@ -297,7 +297,7 @@ def tokenizer():
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|im_start|>", "<|im_end|>", "<s>"],
                                   show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator([Path(data.__file__).read_text()] * 2, trainer)
+    bpe.train_from_iterator([json.dumps(make_rows(50)), "Mind the token, then the tent. " * 20], trainer)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>",
                                                 chat_template=CHATML)
 
@@ -443,7 +443,7 @@ def test_no_merge_across_the_step_boundary_is_invented_or_lost(tokenizer):
     text = data.open_turn(tokenizer, row["prompt"], "chat") + row["initial_reason_steps"]
     for step, ids in ((row["chosen"], pair.chosen), (row["rejected"], pair.rejected)):
         assert pair.prefix + ids == tokenizer(text + step).input_ids
-    assert tokenizer.decode(pair.chosen) == " the token"  # the space merged with the word, so not in the prefix
+    assert tokenizer.decode(pair.chosen) == " the token"  # the space merged with the word: not in the prefix
     assert tokenizer.decode(pair.prefix).endswith("Step 1:")
 
 
@@ -496,7 +496,7 @@ def test_packing_lays_the_prefix_out_once():
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 1, 2, 0, 1, 2, 3, 4, 5]]
     assert batch.document.tolist() == [0] * 6 + [1] * 4 + [2] * 6
     assert batch.branch.tolist() == [0, 0, 0, 1, 1, 2, 0, 1, 2, 2] + [0] * 6
-    assert batch.predict_at.tolist() == [2, 3, 2, 6, 6, 8]  # the last prefix token predicts both branches' first
+    assert batch.predict_at.tolist() == [2, 3, 2, 6, 6, 8]  # the last prefix token predicts both first tokens
     assert batch.targets.tolist() == [10, 11, 20, 12, 21, 22]
     assert batch.sequence.tolist() == [0, 0, 2, 1, 3, 3]  # chosen 0, 1, rejected 2, 3
     assert (batch.pairs, batch.tokens) == (2, 10)
@@ -718,7 +718,8 @@ def test_metrics_have_their_names_and_say_what_happened(workplace, run):
     lines = read_metrics(run)
     steps, evals = [x for x in lines if "loss" in x], [x for x in lines if "eval/loss" in x]
     assert [x["step"] for x in steps] == list(range(6)) and [x["step"] for x in evals] == [0, 3, 6]
-    assert set(steps[0]) == {"step", *stepdpo.METRICS, "grad_norm", "lr", "tokens_per_second", "pairs_per_second"}
+    extra = {"grad_norm", "lr", "tokens_per_second", "pairs_per_second"}
+    assert set(steps[0]) == {"step", *stepdpo.METRICS, *extra}
     assert set(evals[0]) == {"step", *(f"eval/{name}" for name in stepdpo.METRICS)}
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert abs(steps[0]["rewards/margins"]) < 1e-4 and steps[-1]["rewards/margins"] > 0.05
@@ -815,8 +816,8 @@ def test_a_preempted_run_saves_and_resumes_to_the_same_losses(workplace, run, tm
     assert 3 <= int(saved.name[-6:]) <= 6
     for ours, theirs in zip(read_metrics(out), read_metrics(run), strict=True):
         assert ours["step"] == theirs["step"]
-        ours, theirs = ([x.get("loss"), x.get("eval/loss")] for x in (ours, theirs))
-        assert ours == pytest.approx(theirs, abs=1e-6)
+        for key in ("loss", "eval/loss"):
+            assert ours.get(key) == pytest.approx(theirs.get(key), abs=1e-6)
 
 
 def test_reference_logps_are_cached_under_what_they_depend_on(workplace, tmp_path, capsys):
@@ -871,6 +872,7 @@ def test_a_run_is_never_overwritten_and_resume_needs_a_checkpoint(workplace, run
     (dict(tokens_per_micro_batch=100),
      r"pairs.jsonl:\d+: takes \d+ tokens, more than --tokens-per-micro-batch 100"),
     (dict(reference="tokenizer"), "its vocabulary is not that of"),
+    (dict(model="empty"), "empty: "),
     (dict(model="pickled"), "only safetensors weights are loaded"),
     (dict(model="headless"), "its tensors are not one to one those of Qwen2ForCausalLM"),
 ], ids=lambda x: x if isinstance(x, str) else "")
@@ -880,6 +882,7 @@ def test_bad_models_and_sizes_are_refused(workplace, tmp_path, changes, message)
     text = (tmp_path / "tokenizer/tokenizer.json").read_text()
     (tmp_path / "tokenizer/tokenizer.json").write_text(text.replace('"<s>"', '"<t>"'))
     (tmp_path / "pickled/model.safetensors").unlink()
+    (tmp_path / "empty").mkdir()
     from safetensors.torch import load_file, save_file
     weights = load_file(tmp_path / "headless/model.safetensors")
     del weights["lm_head.weight"]

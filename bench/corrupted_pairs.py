@@ -1,4 +1,4 @@
-"""Make step pairs from GSM8K: a worked line as chosen, the same line with a wrong result as rejected.
+"""Step pairs from GSM8K's solutions: a worked line as chosen, the same line with a wrong result as rejected.
 
     python bench/corrupted_pairs.py gsm8k_train.jsonl OUT.jsonl [--rows 1000] [--eval-rows 100]
 
@@ -35,7 +35,8 @@ def pair(question: str, worked: str, rng: random.Random) -> dict | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("problems", help="gsm8k_train.jsonl: fields question and answer")
     parser.add_argument("out", help="the pairs, .jsonl")
     parser.add_argument("--rows", type=int, default=1000, help="pairs to make [1000]")
