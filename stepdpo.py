@@ -340,9 +340,11 @@ def export(policy: Policy, source: str, path: str) -> None:
                     continue
                 full = tensors[name].full_tensor() if isinstance(tensors[name], DTensor) else tensors[name]
                 if writer:  # the other ranks only take part in the gathering
-                    whole[name] = full.to("cpu", before.get_slice(name)[:0].dtype).contiguous().clone()
+                    whole[name] = full.to("cpu", before.get_slice(name)[:0].dtype, copy=True)
         if writer:
-            save_file(whole, os.path.join(new, os.path.basename(part)), metadata={"format": "pt"})
+            target = os.path.join(new, os.path.basename(part))
+            save_file(whole, target, metadata={"format": "pt"})
+            shutil.copymode(part, target)  # safetensors writes files that only their owner can read
     if writer:
         shutil.rmtree(path, ignore_errors=True)
         os.rename(new, path)
