@@ -617,8 +617,9 @@ def describe(policy: Policy, config: Config, device: torch.device, tokenizer: An
         "master weights in float32")
     for name in sets:
         lost = dropped[name]
+        hint = f"; raise that to keep them (first: {', '.join(lost[:3])})" if lost else ""
         say(f"{name:11s} {len(sets[name]):,} pairs, {len(lost):,} dropped as longer than --max-length "
-            f"{config.max_length}" + (f" (first: {', '.join(lost[:3])})" if lost else ""))
+            f"{config.max_length}{hint}")
     say(f"lengths     prefix {mean[0]:.0f}, chosen {mean[1]:.0f}, rejected {mean[2]:.0f} tokens in the mean; "
         f"sharing the prefix {'saves' if config.share_prefix else 'would save'} {saved:.0%} of all tokens\n"
         f"steps       {len(plan)} optimizer steps of about {len(plan[0])} pairs, "

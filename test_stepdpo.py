@@ -844,7 +844,7 @@ def test_another_reference_model_moves_the_first_loss(workplace, tmp_path):
 def test_start_up_says_what_will_happen(workplace, tmp_path, capsys):
     stepdpo.train(make_config(workplace, tmp_path, max_steps=1, max_length=110))
     out = capsys.readouterr().out
-    for expected in ("Qwen2ForCausalLM", "dropped as longer than --max-length 110 (first: ",
+    for expected in ("Qwen2ForCausalLM", "dropped as longer than --max-length 110; raise that to keep them",
                      "sharing the prefix saves", "[[chosen> So 0 + 0 = 0<]]",
                      "packed and plain log-probabilities differ by", "model in"):
         assert expected in out
