@@ -60,7 +60,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import data
-from data import INSTRUCTION, SPANS, TEMPLATES, Batch, InputError, Pair
+from data import INSTRUCTION, SPANS, TEMPLATES, Batch, InputError, Pair, say, write_whole
 from kernels import linear_logps
 
 
@@ -427,8 +427,9 @@ def reference_logps(policy: Policy, path: str, name: str, pairs: Sequence[Pair],
     The cache ($STEPDPO_CACHE, by default ~/.cache/stepdpo) is keyed by a hash of the model's files, the token
     ids (so of data, template, span and tokenizer) and what changes the arithmetic.
     """
-    key = [model_fingerprint(path), data.fingerprint(pairs), config.dtype, config.share_prefix, device.type,
-           torch.__version__, transformers.__version__]
+    times = [os.stat(file).st_mtime_ns for file in sorted(set(weight_files(path).values()))]
+    key = [data.model_identity(path), times, data.fingerprint(pairs), config.dtype, config.share_prefix,
+           device.type, torch.__version__, transformers.__version__]
     folder = os.environ.get("STEPDPO_CACHE") or os.path.expanduser("~/.cache/stepdpo")
     file = os.path.join(folder, hashlib.sha256(repr(key).encode()).hexdigest()[:32] + ".safetensors")
     cached = [os.path.exists(file)]
@@ -447,19 +448,6 @@ def reference_logps(policy: Policy, path: str, name: str, pairs: Sequence[Pair],
     say(f"reference   log-probabilities of {name} pairs "
         f"{'read from' if cached[0] else 'computed, kept in'} {file}")
     return logps
-
-
-def model_fingerprint(path: str) -> str:
-    """Hash of each weight file's name, size, time and 64 samples of 4 KiB (all of 72B would take minutes)."""
-    digest = hashlib.sha256()
-    for file in [os.path.join(path, "config.json"), *sorted(set(weight_files(path).values()))]:
-        status = os.stat(file)
-        digest.update(f"{os.path.basename(file)} {status.st_size} {status.st_mtime_ns}\n".encode())
-        with open(file, "rb") as content:
-            for i in range(64):
-                content.seek(status.st_size * i // 64)
-                digest.update(content.read(4096))
-    return digest.hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------- the training
@@ -525,9 +513,10 @@ def train(config: Config) -> None:
         os.makedirs(out, exist_ok=True)
         versions = {module.__name__: module.__version__
                     for module in (torch, triton, transformers, safetensors, numpy)}
-        write_json(os.path.join(out, "run.json"), {
-            **identity, "optimizer_steps": len(plan), "processes": dist.get_world_size(),
-            "device": kind(device), "versions": versions, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+        record = {**identity, "optimizer_steps": len(plan), "processes": dist.get_world_size(),
+                  "device": kind(device), "versions": versions,
+                  "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        write_whole(os.path.join(out, "run.json"), json.dumps(record, indent=2) + "\n")
 
     def evaluate(step: int) -> None:
         if "held-out" in sets:
@@ -674,9 +663,7 @@ def resume(policy: Policy, optimizer: torch.optim.Optimizer, identity: dict[str,
     if dist.get_rank() == 0:
         with open(metrics_file) as file:
             lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] < step]
-        with open(metrics_file + ".tmp", "w") as file:
-            file.writelines(lines)
-        os.replace(metrics_file + ".tmp", metrics_file)
+        write_whole(metrics_file, "".join(lines))
     say(f"resuming    after optimizer step {step}")
     return step
 
@@ -685,17 +672,6 @@ def log(out: str, line: dict[str, float]) -> None:
     if dist.get_rank() == 0:
         with open(os.path.join(out, "metrics.jsonl"), "a") as file:
             file.write(json.dumps(line) + "\n")
-
-
-def write_json(path: str, content: Any) -> None:
-    with open(path + ".tmp", "w") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-    os.replace(path + ".tmp", path)
-
-
-def say(text: str) -> None:
-    if dist.get_rank() == 0:
-        tqdm.write(text)
 
 
 # --------------------------------------------------------------------------------- processes and command line
