@@ -710,7 +710,8 @@ class Local:
         self.model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(self.device).eval()
         ends = self.model.generation_config.eos_token_id
         self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-        self.args, self.tokenizer, self.budget = args, tokenizer, args.batch_tokens
+        self.args, self.tokenizer = args, tokenizer
+        self.budget = args.batch_tokens or (131072 if cuda else 16384)
         self.warn = cache(lambda text: tqdm.write(text, file=sys.stderr))  # says the same only once
 
     def sample(self, wanted: list[tuple[list[int], str]]) -> Iterator[list[tuple[int, Continuation]]]:
@@ -1346,7 +1347,8 @@ FLAGS = {  # name: (initials of its commands, default (a tuple: the choices; str
     "seed": ("slrb", 0, "the same seed gives the same samples (in this process)"),
     "dtype": ("slrb", ("", "bfloat16", "float32"), "of the model in this process (default: bfloat16 on CUDA, "
               "else float32)"),
-    "batch_tokens": ("slrb", 65536, "samples x (prompt + --max-new-tokens) in a batch: sets the memory only"),
+    "batch_tokens": ("slrb", 0, "samples x (prompt + --max-new-tokens) in a batch: sets the memory, not the "
+                     "result; 0 is 131072 on CUDA, else 16384"),
 }
 
 
@@ -1372,7 +1374,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             elif isinstance(default, bool):
                 options = dict(action=argparse.BooleanOptionalAction, default=default)
             else:
-                options = dict(type=type(default or ""), default=default)
+                options = dict(type=str if default is None else type(default), default=default)
                 options = dict(required=True) if default is str else options
             text += f" (default: {options['default']})" if options.get("default") not in (None, "") else ""
             names = dict.fromkeys([f"--{name.replace('_', '-')}", f"--{name}"])
@@ -1383,7 +1385,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     error = commands.choices[args.command].error
     for name, value in vars(args).items():
         if type(value) in (int, float):
-            low = 0 if name in ("seed", "temperature", "min_pass_rate", "good_ratio", "bad_ratio") else 1e-9
+            zero = ("seed", "temperature", "min_pass_rate", "good_ratio", "bad_ratio", "batch_tokens")
+            low = 0 if name in zero else 1e-9
             if not low <= value <= (1 if name == "top_p" else sys.maxsize):
                 error(f"--{name.replace('_', '-')} is out of range: {value}")
     judged = "judge" in (getattr(args, "by", None), getattr(args, "check", None))
@@ -1400,7 +1403,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         tools = Tools(args)
         COMMANDS[args.command](args, tools)
-        say(f"{tools.tokens:,} tokens sampled in {(time.monotonic() - tools.began) / 60:.1f} minutes")
+        by = " by rank 0" if WORLD > 1 else ""
+        say(f"{tools.tokens:,} tokens sampled{by} in {(time.monotonic() - tools.began) / 60:.1f} minutes")
     except InputError as error:
         sys.exit(f"data.py {args.command}: {error}")
     except KeyboardInterrupt:

@@ -5,7 +5,9 @@ that need a GPU skip visibly without one. Each test names the rule it protects.
 """
 
 import argparse
+import fcntl
 import http.server
+import importlib.util
 import itertools
 import json
 import math
@@ -1115,6 +1117,21 @@ def test_processes_share_one_ledger(tmp_path, monkeypatch):
                for ledger in ledgers) and len(rows_of(tmp_path / "a.jsonl")) == 160
 
 
+def test_a_process_that_writes_is_waited_for(tmp_path):
+    ledger = data.Ledger(str(tmp_path / "a.jsonl"))
+    with open(ledger.path, "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write(b'{"id": "x", "sam')  # half a line: not torn, only not finished
+        other.flush()
+        thread = threading.Thread(target=ledger.append, args=([dict(id="y", sample=0)],))
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+        other.write(b'ple": 0}\n')
+    thread.join()
+    assert set(ledger.rows) == {("x", 0), ("y", 0)} and len(rows_of(ledger.path)) == 2
+
+
 def test_a_retrained_model_in_the_same_folder_is_another_model(tmp_path):
     (tmp_path / "config.json").write_text("{}"), (tmp_path / "model.safetensors").write_bytes(bytes(300_000))
     before = data.model_identity(str(tmp_path))
@@ -1322,9 +1339,7 @@ def test_through_every_fault_of_a_server_nothing_is_lost_and_nothing_doubled(ser
               "reset", "truncated", 502]
     monkeypatch.setattr(data, "TIMEOUT", 2)
     server = serve(echo(tokenizer), faults, key="sk-very-secret")
-    began = time.monotonic()
     solve_on(server, tokenizer, tmp_path, monkeypatch, "--concurrency=4")
-    assert time.monotonic() - began > 0.3  # Retry-After was waited for
     rows = rows_of(tmp_path / "s.jsonl")
     assert len(rows) == len({(row["id"], row["sample"]) for row in rows}) == 40 <= len(server.served)
     assert server.tried >= 40 + len(faults) and server.most <= 5  # one may still hang, the next begin
@@ -1336,6 +1351,12 @@ def test_through_every_fault_of_a_server_nothing_is_lost_and_nothing_doubled(ser
     assert prompt.count("<|im_start|>") == 2
     text = capsys.readouterr()
     assert "sk-very" not in text.out + text.err + (tmp_path / "s.jsonl").read_text()
+
+
+def test_retry_after_is_waited_for(serve):
+    server, began = serve(lambda path, body: "", [(429, {"Retry-After": "0.7"})]), time.monotonic()
+    body = dict(model="m", prompt=[1], n=1, max_tokens=1, temperature=0, top_p=1, seed=0, stream=False)
+    assert data.post(f"{server.url}/v1/completions", body)["choices"] and time.monotonic() - began > 0.7
 
 
 @pytest.mark.parametrize("fault, tries, message", [
@@ -1485,6 +1506,8 @@ def test_the_funnel_counts_every_row_once(built, tokenizer, tmp_path, capsys):
     assert count["solutions"] == 120 and count["wrong"] == wrong
     assert len(rows_of(folder / "out/pairs.jsonl")) == count["pairs"]
     assert len(rows_of(folder / "out/located.jsonl")) + sum(drops) == count["pairs"]
+    again = {(row["id"], row["sample"]) for row in rows_of(folder / "out/located.rollouts.jsonl")}
+    assert not again & {(row["id"], row["sample"]) for row in rows_of(folder / "out/solutions.jsonl")}
     assert "none of the first 4 samples of the problem passes" in text and "0 tokens" not in text
 
 
@@ -1728,6 +1751,9 @@ def test_flags_take_hyphens_or_underscores_and_files(tmp_path):
     args = data.parse_arguments(["solve", f"@{tmp_path}/args", "--model=m", "--out=o", "--top_p=0.5"])
     assert (args.max_new_tokens, args.problems, args.step_prefix, args.top_p) == (99, "my file", False, 0.5)
     assert parse("rectify", "--model=m", "--located=l", "--out=o").samples == 20
+    args = parse("solve", "--model=m", "--problems=p", "--out=o", "--seed=3", "--batch-tokens=9",
+                 "--instruction=")
+    assert (args.seed, args.batch_tokens, args.instruction, args.temperature) == (3, 9, "", 0.8)
 
 
 def test_the_command_line_end_to_end(tiny, tmp_path, capsys):
@@ -1761,6 +1787,63 @@ def test_if_every_solution_is_right_there_are_no_pairs(tokenizer, tmp_path):
             yield [(i, data.Continuation(" so\nThe answer is: 7", 5, False)) for i in range(len(wanted))]
     scripted_build(tmp_path, tokenizer, Right(), problems=3)
     assert (tmp_path / "out/pairs.jsonl").read_text() == ""
+
+
+# --------------------------------------------------------------------------------------- supervised training
+
+
+@pytest.fixture(scope="session")
+def sft():
+    spec = importlib.util.spec_from_file_location("sft", Path(data.__file__).parent / "bench" / "sft.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+GSM8K = dict(question="Tom has 48/2 pens and buys 3. How many?",
+             answer="He has 48/2=<<48/2=24>>24.\nSo 24+3=27.\n#### 27")
+
+
+def test_supervised_rows_are_numbered_steps_that_the_pipeline_reads(sft, tokenizer):
+    solution = sft.steps_of(GSM8K, "here")
+    assert solution == STEPS + "Step 1: He has 48/2=24.\nStep 2: So 24+3=27.\nThe answer is: 27"
+    assert len(data.find_steps(solution)) == 2 and data.is_correct(solution, "27")
+    assert solution.startswith(data.STEP_PREFIX) and sft.INSTRUCTION == data.INSTRUCTION
+    ids, question = sft.encode(tokenizer, GSM8K, "here")
+    assert tokenizer.decode(ids[question:]) == solution + tokenizer.eos_token  # EOS: an answer ends
+    assert tokenizer.decode(ids[:question]) == data.open_turn(tokenizer, GSM8K["question"], "chat", None)
+    for bad in (dict(question="x", answer="7"), dict(question="x", answer="#### 7"), dict(question="x")):
+        with pytest.raises(ValueError, match="f:3: "):
+            sft.steps_of(bad, "f:3")
+
+
+def test_supervised_loss_is_that_of_the_answer_alone(sft, tiny, tokenizer):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    items = [sft.encode(tokenizer, GSM8K, ""),
+             sft.encode(tokenizer, GSM8K | dict(answer="Three.\n#### 3"), "")]
+    losses = []
+    for ids, question in items:  # one by one, by the library's own loss
+        labels = torch.tensor([[-100] * question + ids[question:]])
+        losses.append((model(torch.tensor([ids]), labels=labels).loss.item(), len(ids) - question))
+    mean = sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
+    assert sft.loss_of(model, items).item() == pytest.approx(mean, rel=1e-5)
+
+
+def test_supervised_training_writes_a_model_that_has_learned(sft, tiny, tmp_path, monkeypatch, capsys):
+    path = write_jsonl(tmp_path / "rows.jsonl", [GSM8K] * 12)
+    flags = ["--model", tiny, "--data", path, "--rows", ":-4", "--out", str(tmp_path / "out"), "--epochs=12",
+             "--batch-size=4", "--learning-rate=0.02"]
+    monkeypatch.setattr(sys, "argv", ["sft.py", *flags])
+    sft.main()
+    text = capsys.readouterr().out
+    assert "8 rows, 24 steps of 4" in text and os.listdir(tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    before = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    items = [sft.encode(transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), GSM8K, "")]
+    assert sft.loss_of(model, items) < 0.5 * sft.loss_of(before, items)
+    monkeypatch.setattr(sys, "argv", ["sft.py", *flags, "--rows", "50:"])
+    with pytest.raises(SystemExit, match="sft: .*no rows left of 0"):
+        sft.main()
 
 
 # ------------------------------------------------------------------------------------------- the command line

@@ -139,12 +139,12 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).train()
-    if model.config.vocab_size < len(tokenizer):
-        sys.exit(f"sft: {model.config.vocab_size} embeddings are fewer than the tokenizer's {len(tokenizer)}")
     try:
         items = read(args.data, slice(*bounds), tokenizer, args.max_tokens)
     except ValueError as error:
         sys.exit(f"sft: {error}")
+    if (largest := max(max(ids) for ids, _ in items)) >= model.config.vocab_size:
+        sys.exit(f"sft: the tokenizer gives token {largest}, the model has {model.config.vocab_size}")
     batches = plan(items, args.batch_size, args.epochs, args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     print(f"{len(items)} rows, {len(batches)} steps of {args.batch_size}, {device}, {args.dtype}")
