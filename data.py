@@ -105,6 +105,8 @@ def _parse(where: str, text: bytes) -> Any:
     except json.JSONDecodeError as error:
         line = where if where[-1].isdigit() else f"{where}:{error.lineno}"
         raise InputError(f"{line}: not valid JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise InputError(f"{where}: not a row: {error}") from None
 
 
 def _read_with_datasets(path: str) -> Any:
@@ -197,7 +199,8 @@ def encode(
     for _, row in rows:
         steps = row["initial_reason_steps"]
         prefix = open_turn(tokenizer, row["prompt"], template, instruction) + steps
-        texts += [prefix, *(prefix + row[field].removeprefix(steps) for field in SPANS[span])]
+        repeated = steps if span == "solution" else ""  # a full solution may repeat the steps it goes on from
+        texts += [prefix, *(prefix + row[name].removeprefix(repeated) for name in SPANS[span])]
     ids = tokenize(tokenizer, texts, template)
 
     pairs, dropped = [], []
@@ -205,9 +208,9 @@ def encode(
         shared = _common(prefix, chosen, rejected)
         end = [tokenizer.eos_token_id] if span == "solution" else []
         pair = Pair(chosen[:shared], chosen[shared:] + end, rejected[shared:] + end, where)
-        if not pair.prefix or pair.chosen == pair.rejected:
-            raise InputError(
-                f"{where}: {'chosen and rejected become the same' if pair.prefix else 'no prefix in'} tokens")
+        if not all(pair[:3]) or pair.chosen == pair.rejected:
+            raise InputError(f"{where}: as tokens, the prefix, {' or '.join(SPANS[span])} is empty, or the "
+                             "last two are equal; remove the row")
         length = max(len(chosen), len(rejected)) + len(end)
         if length > max_length:
             dropped.append(f"{where}: {length} tokens")
@@ -226,6 +229,8 @@ def _bad_row(where: str, row: dict, span: str) -> str | None:
             return f"{where}: has no field {name!r}; a row needs {', '.join(names)}"
         if not isinstance(row[name], str):
             return f"{where}: {name!r} must be text, got {type(row[name]).__name__}"
+        if re.search("[\ud800-\udfff]", row[name]):
+            return f"{where}: {name!r} has half a character (a lone surrogate); remove the row or repair it"
         if not row[name].strip() and name != "initial_reason_steps":
             return f"{where}: {name!r} is empty; remove the row or fill it in"
     if row[names[2]].strip() == row[names[3]].strip():
@@ -279,7 +284,8 @@ def split(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list[int
     if max(lengths) > budget:
         raise ValueError(f"every length must be <= budget {budget}, got {max(lengths)}")
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    for count in range(-(-sum(lengths) // (budget * ranks)), len(lengths) + 1):
+    count = -(-sum(lengths) // (budget * ranks))
+    while True:
         bins: list[list[int]] = [[] for _ in range(count * ranks)]
         loads = [(0, b) for b in range(len(bins))]
         for i in order:
@@ -288,6 +294,7 @@ def split(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list[int
             heapq.heappush(loads, (load + lengths[i], b))
         if max(loads)[0] <= budget:
             break
+        count += 1 + count // 50  # by 2%: one by one takes minutes where two items seldom share a bin
     loads.sort(key=lambda item: (-item[0], item[1]))
     return [[bins[b] for _, b in loads[m * ranks:(m + 1) * ranks]] for m in range(count)]
 

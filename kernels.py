@@ -72,7 +72,8 @@ def linear_logps(
         low, high = torch.stack(targets.aminmax()).tolist()
         if low < 0 or high >= len(weight):
             raise ValueError(f"targets must be in [0, V) = [0, {len(weight)}), got {low} to {high}")
-    with torch.autocast(hidden.device.type, enabled=False):  # it would round the fp32 logits
+    # Triton launches on the current device; autocast would round the fp32 logits.
+    with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
         return _LinearLogps.apply(hidden, weight, targets)
 
 
