@@ -1359,6 +1359,17 @@ FLAGS = {  # name: (initials of its commands, default (a tuple: the choices; str
 }
 
 
+def hyphens(word: str) -> str:
+    """Flags may be written with underscores; values stay as they are."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else word
+
+
+def words_of_line(line: str) -> list[str]:
+    """A line of an @FILE: words as on the command line, # starts a comment."""
+    return list(map(hyphens, shlex.split(line, comments=True)))
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     shared = dict(allow_abbrev=False, fromfile_prefix_chars="@")
     parser = argparse.ArgumentParser(
@@ -1384,11 +1395,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                 options = dict(type=str if default is None else type(default), default=default)
                 options = dict(required=True) if default is str else options
             text += f" (default: {options['default']})" if options.get("default") not in (None, "") else ""
-            names = dict.fromkeys([f"--{name.replace('_', '-')}", f"--{name}"])
-            sub.add_argument(*names, help=text, **options)
+            sub.add_argument(hyphens(f"--{name}"), help=text, **options)
     for each in (parser, *commands.choices.values()):
-        each.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
-    args = parser.parse_args(argv)
+        each.convert_arg_line_to_args = words_of_line
+    args = parser.parse_args(list(map(hyphens, sys.argv[1:] if argv is None else argv)))
     error = commands.choices[args.command].error
     for name, value in vars(args).items():
         if type(value) in (int, float):

@@ -23,7 +23,6 @@ import json
 import math
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -725,7 +724,7 @@ def parse(arguments: list[str] | None = None) -> Config:
         prog="stepdpo.py", description=__doc__, allow_abbrev=False, fromfile_prefix_chars="@",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="@FILE reads flags from FILE, written as on the command line; # starts a comment.")
-    parser.convert_arg_line_to_args = lambda line: list(map(hyphens, shlex.split(line, comments=True)))
+    parser.convert_arg_line_to_args = data.words_of_line
     for field in dataclasses.fields(Config):
         shown = "" if field.default is None or field.type is bool else f" [{field.default}]"
         options = {"default": field.default, "help": field.metadata["help"] + shown}
@@ -735,14 +734,9 @@ def parse(arguments: list[str] | None = None) -> Config:
             options |= {"type": field.type, "choices": field.metadata["choices"]}
         parser.add_argument(f"--{field.name.replace('_', '-')}", **options)
     try:
-        return Config(**vars(parser.parse_args(list(map(hyphens, arguments or sys.argv[1:])))))
+        return Config(**vars(parser.parse_args(list(map(data.hyphens, arguments or sys.argv[1:])))))
     except ValueError as error:  # of Config, or an unclosed quotation in @FILE
         parser.error(str(error))
-
-
-def hyphens(word: str) -> str:
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value if name.startswith("--") else word
 
 
 def main() -> None:
