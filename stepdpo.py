@@ -664,7 +664,7 @@ def resume(policy: Policy, optimizer: torch.optim.Optimizer, identity: dict[str,
     """
     folder, metrics_file = os.path.join(out, "checkpoints"), os.path.join(out, "metrics.jsonl")
     present = os.listdir(folder) if os.path.isdir(folder) else []
-    names = sorted(re.findall(r"\bstep-\d+$", "\n".join(present), re.M))
+    names = sorted(name for name in present if re.fullmatch(r"step-\d+", name))
     if not names:
         raise InputError(f"--resume: no checkpoint in {folder}; "
                          "start without --resume in another --output-dir")
