@@ -1061,7 +1061,7 @@ def say(*lines: str) -> None:
 # ----------------------------------------------------------------------------------------------------- stages
 
 
-def solve(args: argparse.Namespace, tools: Tools) -> None:
+def solve(args: argparse.Namespace, tools: Tools) -> list[bool]:
     """Problems -> solutions, graded. With --samples 1 --temperature 0 this is the evaluation."""
     prefix = STEP_PREFIX if args.step_prefix else ""
     draws = [Draw(problem, prefix, 0, args.samples) for problem in read_problems(args.problems)]
@@ -1086,6 +1086,7 @@ def solve(args: argparse.Namespace, tools: Tools) -> None:
         f"{sum(row['predicted'] is None for row in rows)} without an answer, "
         f"{sum(row['cut'] for row in rows)} cut at {args.max_new_tokens} tokens, "
         f"{sum(find_steps(row['solution']) is None for row in rows)} not in numbered steps")
+    return [row["correct"] for row in rows]
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:

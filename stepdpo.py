@@ -75,6 +75,8 @@ class Config:
     data: str = flag(None, "step pairs to train on: .jsonl, .json, .parquet or a hub dataset (required)")
     output_dir: str = flag(None, "folder for metrics.jsonl, run.json, checkpoints/, model/ (required)")
     eval_data: str = flag(None, "held-out step pairs: the same metrics, no training")
+    test_problems: str = flag(None, "held-out problems with answers: their greedy accuracy before and after "
+                                    "(each process holds a whole model for it; see data.py solve)")
     reference: str = flag(None, "reference model, if it is not the model itself before training")
     span: str = flag("step", "train on one step, or on the whole solution (plain DPO)", tuple(SPANS))
     template: str = flag("chat", "how problem and answer are put together", TEMPLATES)
@@ -512,6 +514,7 @@ def train(config: Config) -> None:
     reference_path = resolve(config.reference) if config.reference else path
     if config.reference and pretrained(AutoTokenizer, reference_path).get_vocab() != tokenizer.get_vocab():
         raise InputError(f"--reference {config.reference}: its vocabulary is not that of {config.model}")
+    before = solve(path, "before", config) if config.test_problems else []
     policy = build(reference_path, config, device)
     largest, where = max((max(map(max, pair[:3])), pair.where) for name in sets for pair in sets[name])
     if largest >= policy.config.vocab_size:
@@ -601,6 +604,31 @@ def train(config: Config) -> None:
     minutes, seen = (time.perf_counter() - began) / 60, sum(map(len, plan[first:]))
     say(f"finished    {len(plan) - first} optimizer steps, {seen:,} pairs in {minutes:.1f} min\n"
         f"            metrics in {os.path.join(out, 'metrics.jsonl')}, model in {os.path.join(out, 'model')}")
+    if config.test_problems:
+        del policy, optimizer, parameters
+        after = solve(os.path.join(out, "model"), "after", config)
+        points, low, high = (100 * x for x in gain(before, after))
+        n = len(before)
+        say(f"accuracy    before {sum(before) / n:.1%}, after {sum(after) / n:.1%} on {n} held-out problems: "
+            f"{points:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}")
+
+
+def solve(model: str, when: str, config: Config) -> list[bool]:
+    """Whether each of --test-problems is answered rightly, greedily, in at most --max-length tokens."""
+    flags = {"model": model, "problems": config.test_problems, "template": config.template,
+             "instruction": config.instruction, "samples": 1, "temperature": 0,
+             "max-new-tokens": config.max_length, "out": os.path.join(config.output_dir, f"{when}.jsonl")}
+    given = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    args = data.parse_arguments(["solve", *given])
+    return data.solve(args, data.Tools(args))
+
+
+def gain(before: list[bool], after: list[bool]) -> tuple[float, float, float]:
+    """Difference of two accuracies on the same problems, and its 95% interval, paired by problem."""
+    n, changes = len(before), [a - b for a, b in zip(after, before, strict=True)]
+    middle = sum(changes) / n
+    spread = 1.96 * math.sqrt(sum((change - middle) ** 2 for change in changes)) / n
+    return middle, middle - spread, middle + spread
 
 
 def complete(config: Config, sets: dict[str, list[Pair]], device: torch.device) -> Config:
