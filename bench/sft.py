@@ -34,7 +34,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import data  # noqa: E402
 
 
 def steps_of(row: dict, where: str) -> str:
@@ -49,18 +50,17 @@ def steps_of(row: dict, where: str) -> str:
     return "\n".join(["Let's think step by step.", *numbered, f"The answer is: {final.strip()}"])
 
 
-def encode(tokenizer, row: dict, where: str) -> tuple[list[int], int]:
+def encode(tokenizer, row: dict, where: str, instruction: str = data.INSTRUCTION) -> tuple[list[int], int]:
     """(token ids of the whole conversation, how many of them are the question, which carries no loss)."""
-    turn = [{"role": "user", "content": f"{row['question']}\n{INSTRUCTION}"}]
-    opened = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    opened = data.open_turn(tokenizer, row["question"], "chat", instruction)
     question, whole = tokenizer([opened, opened + steps_of(row, where)], add_special_tokens=False).input_ids
     return whole + [tokenizer.eos_token_id], len(question)
 
 
-def read(path: str, rows: slice, tokenizer, max_tokens: int) -> list[tuple[list[int], int]]:
+def read(path: str, rows: slice, tokenizer, instruction: str, max_tokens: int) -> list[tuple[list[int], int]]:
     with open(path, encoding="utf-8") as file:
         lines = [(f"{path}:{n}", line) for n, line in enumerate(file, 1) if line.strip()][rows]
-    items = [encode(tokenizer, json.loads(line), where) for where, line in lines]
+    items = [encode(tokenizer, json.loads(line), where, instruction) for where, line in lines]
     kept = [item for item in items if len(item[0]) <= max_tokens]
     if not kept:
         raise ValueError(f"{path}: no rows left of {len(items)}; check --rows and --max-tokens {max_tokens}")
@@ -120,6 +120,8 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="JSONL rows with `question` and `answer` (GSM8K)")
     parser.add_argument("--out", required=True, help="folder to write the trained model to")
     parser.add_argument("--rows", default=":", help="a Python slice; ':-500' is all but the last 500")
+    parser.add_argument("--instruction", default=data.INSTRUCTION,
+                        help="text after the question, '' for none")
     parser.add_argument("--epochs", type=float, default=1.0, help="passes over the rows; fractions allowed")
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="peak of the cosine schedule")
     parser.add_argument("--batch-size", type=int, default=16, help="rows per optimizer step")
@@ -140,7 +142,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).train()
     try:
-        items = read(args.data, slice(*bounds), tokenizer, args.max_tokens)
+        items = read(args.data, slice(*bounds), tokenizer, args.instruction, args.max_tokens)
     except ValueError as error:
         sys.exit(f"sft: {error}")
     if (largest := max(max(ids) for ids, _ in items)) >= model.config.vocab_size:
