@@ -18,6 +18,7 @@ and how it becomes tokens, kernels.py why no logits are ever held.
 
 import argparse
 import dataclasses
+import gc
 import hashlib
 import json
 import math
@@ -75,8 +76,9 @@ class Config:
     data: str = flag(None, "step pairs to train on: .jsonl, .json, .parquet or a hub dataset (required)")
     output_dir: str = flag(None, "folder for metrics.jsonl, run.json, checkpoints/, model/ (required)")
     eval_data: str = flag(None, "held-out step pairs: the same metrics, no training")
-    test_problems: str = flag(None, "held-out problems with answers: their greedy accuracy before and after "
-                                    "(each process holds a whole model for it; see data.py solve)")
+    test_problems: str = flag(None, "held-out problems with answers: at the end, greedy accuracy before and "
+                                    "after, in answers of --max-length tokens at most, by the way of data.py "
+                                    "solve: each process holds a whole model for it")
     reference: str = flag(None, "reference model, if it is not the model itself before training")
     span: str = flag("step", "train on one step, or on the whole solution (plain DPO)", tuple(SPANS))
     template: str = flag("chat", "how problem and answer are put together", TEMPLATES)
@@ -506,6 +508,8 @@ def train(config: Config) -> None:
         if source:
             sets[name], dropped[name] = data.encode(data.read_rows(source), tokenizer, config.template,
                                                     config.instruction, config.span, config.max_length)
+    if config.test_problems:
+        data.read_problems(config.test_problems)  # what is wrong with them must not show only at the end
     pairs = sets["training"]
     config = complete(config, sets, device)
     plan = data.schedule(len(pairs), config.batch_size, config.epochs, config.seed)
@@ -514,7 +518,6 @@ def train(config: Config) -> None:
     reference_path = resolve(config.reference) if config.reference else path
     if config.reference and pretrained(AutoTokenizer, reference_path).get_vocab() != tokenizer.get_vocab():
         raise InputError(f"--reference {config.reference}: its vocabulary is not that of {config.model}")
-    before = solve(path, "before", config) if config.test_problems else []
     policy = build(reference_path, config, device)
     largest, where = max((max(map(max, pair[:3])), pair.where) for name in sets for pair in sets[name])
     if largest >= policy.config.vocab_size:
@@ -604,27 +607,32 @@ def train(config: Config) -> None:
     minutes, seen = (time.perf_counter() - began) / 60, sum(map(len, plan[first:]))
     say(f"finished    {len(plan) - first} optimizer steps, {seen:,} pairs in {minutes:.1f} min\n"
         f"            metrics in {os.path.join(out, 'metrics.jsonl')}, model in {os.path.join(out, 'model')}")
-    if config.test_problems:
-        del policy, optimizer, parameters
-        after = solve(os.path.join(out, "model"), "after", config)
-        points, low, high = (100 * x for x in gain(before, after))
-        n = len(before)
-        say(f"accuracy    before {sum(before) / n:.1%}, after {sum(after) / n:.1%} on {n} held-out problems: "
-            f"{points:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}")
 
 
-def solve(model: str, when: str, config: Config) -> list[bool]:
+def report_accuracy(config: Config) -> None:
+    """Greedy accuracy on --test-problems before and after training. Collective; no model may be held."""
+    gc.collect()  # the wrapped layers of the trained one are in reference cycles
+    before = solved(resolve(config.model), "before", config)
+    after = solved(os.path.join(config.output_dir, "model"), "after", config)
+    points, low, high = (100 * x for x in paired_gain(before, after))
+    n = len(before)
+    say(f"accuracy    before {sum(before) / n:.1%}, after {sum(after) / n:.1%} on {n} held-out problems: "
+        f"{points:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}")
+
+
+def solved(model: str, when: str, config: Config) -> list[bool]:
     """Whether each of --test-problems is answered rightly, greedily, in at most --max-length tokens."""
     flags = {"model": model, "problems": config.test_problems, "template": config.template,
-             "instruction": config.instruction, "samples": 1, "temperature": 0,
+             "instruction": config.instruction, "samples": 1, "temperature": 0, "dtype": config.dtype,
              "max-new-tokens": config.max_length, "out": os.path.join(config.output_dir, f"{when}.jsonl")}
     given = [f"--{name}={value}" for name, value in flags.items() if value is not None]
     args = data.parse_arguments(["solve", *given])
+    say(f"{when:11s} {model} answers {config.test_problems}:")
     return data.solve(args, data.Tools(args))
 
 
-def gain(before: list[bool], after: list[bool]) -> tuple[float, float, float]:
-    """Difference of two accuracies on the same problems, and its 95% interval, paired by problem."""
+def paired_gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
+    """Difference of two accuracies on the same problems and its 95% interval, paired by problem."""
     n, changes = len(before), [a - b for a, b in zip(after, before, strict=True)]
     middle = sum(changes) / n
     spread = 1.96 * math.sqrt(sum((change - middle) ** 2 for change in changes)) / n
@@ -698,8 +706,8 @@ def resume(policy: Policy, optimizer: torch.optim.Optimizer, identity: dict[str,
                          "start without --resume in another --output-dir")
     with open(os.path.join(out, "run.json")) as file:
         before = json.load(file)
-    free = ("resume", "output_dir", "tokens_per_micro_batch", "eval_every", "save_every", "share_prefix",
-            "activation_checkpointing", "offload", "compile")
+    free = ("resume", "output_dir", "test_problems", "tokens_per_micro_batch", "eval_every", "save_every",
+            "share_prefix", "activation_checkpointing", "offload", "compile")
     changed = [f"--{key.replace('_', '-')} {before['config'].get(key)} -> {value}"
                for key, value in identity["config"].items()
                if key not in free and before["config"].get(key) != value]
@@ -731,8 +739,11 @@ def log(out: str, line: dict[str, float]) -> None:
 
 def start_processes() -> torch.device:
     """Join the process group that torchrun describes, or be a group of one. Returns this rank's device."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", "0"))
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise InputError(f"--nproc_per_node must be at most {torch.cuda.device_count()}, the GPUs here "
+                         "(CUDA_VISIBLE_DEVICES= hides them and trains on the CPU)")
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
         torch._dynamo.config.recompile_limit = 64  # rows have several lengths, with and without gradients
@@ -771,6 +782,8 @@ def main() -> None:
     config = parse()
     try:
         train(config)
+        if config.test_problems:
+            report_accuracy(config)
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each node: they may have different files
             print(f"stepdpo.py: error: {error}", file=sys.stderr)
