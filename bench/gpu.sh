@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Everything that wants a GPU, in one command of at most 10 minutes on one GPU:
+#
+#     bench/gpu.sh [RESULTS]          # RESULTS: folder for the JSON, default bench/results
+#
+# The CUDA tests, then the tables of loss.py, train.py and scaling.py. A stage whose JSON is there for this device
+# is done: what did not fit in the time runs when the same command is given again. Delete the JSON to measure
+# anew. LOSS="--skip cce" passes flags to loss.py, for a peer that hangs. PYTHON names the interpreter. MODEL (its
+# tokenizer counts) and DATA are what train.py and scaling.py use; the demo's, which are short, if not set.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit
+python=${PYTHON:-python3}
+results=${1:-bench/results}
+deadline=$((SECONDS + 585))
+status=0
+device=$("$python" -c "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))") || exit
+mkdir -p "$results"
+
+stage() { # stage NAME LIMIT COMMAND...: at most LIMIT seconds, and none of those after the deadline
+    local name=$1 limit=$2 json=$results/$1-$device.json left=$((deadline - SECONDS)) began=$SECONDS code=0
+    shift 2
+    if [[ -s $json ]]; then echo "== $name: done before, in $json"; return; fi
+    if ((left < 15)); then echo "== $name: no time left; run this command again"; status=1; return; fi
+    echo "== $name: $*"
+    timeout -k 5 $((limit < left ? limit : left)) "$@" || code=$?
+    echo "== $name: $((SECONDS - began)) s, exit status $code$( ((code == 124 || code == 137)) && echo ' (time is up)')"
+    if ((code)); then status=1; fi
+    return $code
+}
+
+# A pass holds for the code that passed, so its name carries that code's hash.
+code=$(cat kernels.py stepdpo.py data.py test_stepdpo.py | sha256sum | cut -c1-12)
+if stage "tests-$code" 200 "$python" -m pytest -p no:cacheprovider -k cuda && [[ ! -s $results/tests-$code-$device.json ]]
+then
+    rm -f "$results"/tests-*-"$device.json"
+    printf '{"device": "%s", "date": "%s", "command": "pytest -k cuda", "result": "passed"}\n' \
+        "$device" "$(date +%F)" > "$results/tests-$code-$device.json"
+fi
+# shellcheck disable=SC2086
+stage loss 300 "$python" bench/loss.py ${LOSS:-} --out "$results/loss-$device.json"
+given=(--model "${MODEL:-demo/model}" --data "${DATA:-demo/pairs.jsonl}")
+for shape in qwen2-0.5b qwen2-1.5b qwen2-7b; do
+    stage "train-$shape" 500 "$python" bench/train.py --shape $shape "${given[@]}" --batch-size 64 --rounds 1 \
+        --ours=--compile --out "$results/train-$shape-$device.json"
+done
+stage scaling 240 "$python" bench/scaling.py "${given[@]}" --out "$results/scaling-$device.json"
+exit $status
