@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import operator
 import os
 import random
 import re
@@ -1849,12 +1850,16 @@ def test_if_every_solution_is_right_there_are_no_pairs(tokenizer, tmp_path):
 # --------------------------------------------------------------------------------------- supervised training
 
 
-@pytest.fixture(scope="session")
-def sft():
-    spec = importlib.util.spec_from_file_location("sft", Path(data.__file__).parent / "bench" / "sft.py")
+def module_of(path: str):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, HERE / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def sft():
+    return module_of("bench/sft.py")
 
 
 GSM8K = dict(question="Tom has 48/2 pens and buys 3. How many?",
@@ -1865,7 +1870,7 @@ def test_supervised_rows_are_numbered_steps_that_the_pipeline_reads(sft, tokeniz
     solution = sft.steps_of(GSM8K, "here")
     assert solution == STEPS + "Step 1: He has 48/2=24.\nStep 2: So 24+3=27.\nThe answer is: 27"
     assert len(data.find_steps(solution)) == 2 and data.is_correct(solution, "27")
-    assert solution.startswith(data.STEP_PREFIX) and sft.INSTRUCTION == data.INSTRUCTION
+    assert solution.startswith(data.STEP_PREFIX)
     ids, question = sft.encode(tokenizer, GSM8K, "here")
     assert tokenizer.decode(ids[question:]) == solution + tokenizer.eos_token  # EOS: an answer ends
     assert tokenizer.decode(ids[:question]) == data.open_turn(tokenizer, GSM8K["question"], "chat", None)
@@ -1901,6 +1906,128 @@ def test_supervised_training_writes_a_model_that_has_learned(sft, tiny, tmp_path
     monkeypatch.setattr(sys, "argv", ["sft.py", *flags, "--rows", "50:"])
     with pytest.raises(SystemExit, match="sft: .*no rows left of 0"):
         sft.main()
+
+
+# --------------------------------------------------------------------------------------------------- the demo
+
+
+@pytest.fixture(scope="session")
+def demo():
+    return module_of("demo/make.py")
+
+
+def test_demo_problems_are_right_and_no_two_sets_share_one(demo):
+    sets = demo.problem_sets(demo.SEED)
+    prompts = [row["prompt"] for rows in sets.values() for row in rows]
+    assert len(set(prompts)) == len(prompts)
+    for name in ("test", "problems"):  # what lies in demo/ is what the generator makes
+        assert rows_of(HERE / f"demo/{name}.jsonl") == [
+            dict(prompt=row["prompt"], answer=row["answer"]) for row in sets[name]]
+    assert len(sets["test"]) == 500
+    for row in sets["test"] + sets["problems"]:
+        assert 2 <= len(row["steps"]) == len(row["other"]) <= 5
+        for own, other in zip(row["steps"], row["other"], strict=True):
+            results = []
+            for step in (own, other):
+                sums = re.findall(r"(\d+)([-+*/])(\d+)=(\d+)", step)
+                for left, sign, right, result in sums:
+                    compute = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+                    assert compute[sign](int(left), int(right)) == int(result) >= 0, step
+                results.append(sums[-1][3])
+            assert own != other and results[0] == results[1]
+        assert results[0] == row["answer"]
+
+
+def test_demo_is_small_ordinary_and_its_pairs_are_of_its_problems():
+    files = [path for path in (HERE / "demo").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files if path.suffix != ".pyc") <= 8e6
+    model = transformers.AutoModelForCausalLM.from_pretrained(HERE / "demo/model")
+    assert type(model).__name__ == "Qwen2ForCausalLM" and model.dtype == torch.bfloat16
+    assert 1e6 < sum(parameter.numel() for parameter in model.parameters()) < 3e6
+    answers = {row["prompt"]: row["answer"] for row in rows_of(HERE / "demo/problems.jsonl")}
+    used = []
+    for name in ("pairs", "eval_pairs"):
+        rows = rows_of(HERE / f"demo/{name}.jsonl")
+        used.append({row["prompt"] for row in rows})
+        for row in rows:
+            assert row["answer"] == answers[row["prompt"]]
+            assert data.is_correct(row["initial_reason_steps"] + row["full_chosen"], row["answer"])
+            assert not data.is_correct(row["initial_reason_steps"] + row["full_rejected"], row["answer"])
+    assert not used[0] & used[1]
+
+
+def test_demo_recipe_trains_evaluates_and_shows_accuracy_before_and_after(workplace, tmp_path):
+    """The README's first command, with few optimizer steps."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "stepdpo.py",
+               "@demo/args", "--max-steps", "4", "--output-dir", str(tmp_path / "out")]
+    result = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=600,
+                            env=ENVIRONMENT | {"STEPDPO_CACHE": str(tmp_path)})
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = re.search(r"accuracy    before (\d+\.\d)%, after (\d+\.\d)% on 500 held-out problems: "
+                      r"[+-]\d+\.\d points, 95% interval [+-]\d+\.\d to [+-]\d+\.\d", result.stdout)
+    assert found and 50 <= float(found[1]) <= 70
+    for number, when in enumerate(("before", "after"), 1):
+        right = [row["correct"] for row in rows_of(tmp_path / f"out/{when}.jsonl")]
+        assert len(right) == 500 and f"{sum(right) / 500:.1%}" == found[number] + "%"
+    assert [row["step"] for row in read_metrics(tmp_path / "out") if "eval/loss" in row] == [0, 4]
+    again = subprocess.run([*command, "--resume"], cwd=HERE, capture_output=True, text=True, timeout=600,
+                           env=ENVIRONMENT | {"STEPDPO_CACHE": str(tmp_path)})
+    assert "finished    already" in again.stdout and found[0] in again.stdout  # a stop loses nothing
+
+
+def test_foreign_chosen_steps_are_right_and_in_other_words(demo, monkeypatch):
+    monkeypatch.syspath_prepend(HERE / "bench")
+    pairs = rows_of(HERE / "demo/pairs.jsonl")
+    rows, kept = module_of("bench/ablation.py").written(pairs, demo.problem_sets(demo.SEED)["problems"])
+    changed = [new for old, new in zip(pairs, rows, strict=True) if old["chosen"] != new["chosen"]]
+    assert len(changed) == len(rows) - kept > 0.9 * len(rows)
+    last = [row for row in changed if "The answer is" in row["chosen"]]
+    assert last and all(data.is_correct(row["chosen"], row["answer"]) for row in last)
+
+
+def test_gain_is_paired_by_problem():
+    # 10 of 100 changed, all for the better: the standard error is sqrt(0.1 * 0.9 / 100) = 0.03
+    gain = stepdpo.paired_gain([True] * 50 + [False] * 50, [True] * 60 + [False] * 40)
+    assert gain == pytest.approx((0.1, 0.1 - 1.96 * 0.03, 0.1 + 1.96 * 0.03))
+
+
+# -------------------------------------------------------------------------------------------- the benchmarks
+
+
+def bench(script: str, out, *flags: str) -> tuple[dict, str]:
+    result = subprocess.run([sys.executable, f"bench/{script}.py", *flags, "--out", str(out)], cwd=HERE,
+                            text=True, capture_output=True, timeout=300, env=ENVIRONMENT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return json.loads(Path(out).read_text()), result.stdout
+
+
+def test_loss_benchmark_measures_what_runs_here_and_names_what_does_not(tmp_path):
+    report, text = bench("loss", tmp_path / "loss.json", "--shapes", "64,32,1000", "--repeats", "2", "--skip",
+                         "compiled")
+    results = report["shapes"]["64,32,1000"]
+    for name in ("ours", "plain", "torch"):
+        assert results[name]["seconds"] > 0 and results[name]["extra_bytes"] > 0
+        assert all(results[name][key] < 1e-5 for key in ("logps", "dhidden", "dweight", "untargeted"))
+    assert all(f"{name:11}missing: " in text for name in ("compiled", "liger", "cce", "cce-filter", "quack"))
+
+
+def test_training_benchmark_runs_ours_and_names_a_missing_trl(workplace, tmp_path):
+    report, text = bench("train", tmp_path / "train.json", "--model", str(workplace / "qwen2"), "--data",
+                         str(workplace / "pairs.jsonl"), "--batch-size=4", "--steps=1", "--rounds=1",
+                         "--only=^ours$|^trl")
+    assert report["table"]["ours"]["pairs_per_second"] > 0
+    assert report["runs"]["ours"][0]["loss"][0] == pytest.approx(math.log(2), abs=1e-6)
+    if importlib.util.find_spec("trl") is None:
+        assert "not installed: pip install trl" in text and set(report["table"]) == {"ours"}
+    else:
+        assert report["table"]["trl"]["loss_differs"] < 1e-4
+
+
+def test_scaling_benchmark_gives_the_same_losses_with_more_processes(workplace, tmp_path):
+    report, text = bench("scaling", tmp_path / "scaling.json", "--model", str(workplace / "qwen2"), "--quick")
+    one, two = report["processes"]
+    assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
+    assert report["sharing"][0]["formula"] == pytest.approx(2 * 80 / 96) and "PROJECTION" in text
 
 
 # ------------------------------------------------------------------------------------------- the command line
