@@ -11,6 +11,9 @@
    The rest of the model's errors are arithmetic that it has not learned yet.
 3. Step pairs out of the model's own samples (data.py build --by rollouts). Nobody tells which step is wrong:
    only the final answers are known. The pairs of the last 300 problems are held out for evaluation.
+
+Run twice on one machine it gave the same bytes, but for the order of the pairs: two processes write them as
+they finish. Another kind of processor or version of torch rounds otherwise, and so gives another model.
 """
 import argparse
 import json
