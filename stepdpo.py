@@ -57,7 +57,15 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 import data
 from data import INSTRUCTION, SPANS, TEMPLATES, Batch, InputError, Pair, say, write_whole
@@ -98,7 +106,8 @@ class Config:
     save_every: int = flag(0, "optimizer steps between checkpoints; 0: only when stopped by SIGTERM")
     resume: bool = flag(False, "continue from the checkpoint in --output-dir")
     share_prefix: bool = flag(True, "lay out only once what chosen and rejected have in common")
-    activation_checkpointing: bool = flag(True, "keep only each layer's input: less memory, 1/3 more work")
+    activation_checkpointing: bool = flag(None, "keep only each layer's input: less memory, 1/3 more work "
+                                                "(default: on CUDA, not on CPU)")
     offload: bool = flag(False, "keep parameters, gradients and optimizer state in CPU memory")
     compile: bool = flag(False, "torch.compile each decoder layer")
     dtype: str = flag(None, "compute type; master weights: float32 (default: bfloat16 on CUDA, else float32)",
@@ -178,9 +187,11 @@ class Policy(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """(T,) fp32: log-probabilities of the trained tokens, in nats."""
+        by_document = self.config._attn_implementation == "sdpa_by_document"
+        extra = {"documents": batch.document.bincount()} if by_document else {}
         hidden = self.model.base_model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids,
-            attention_mask=self.attention_mask(batch), use_cache=False).last_hidden_state  # (1, L, D)
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False,
+            attention_mask=self.attention_mask(batch), **extra).last_hidden_state  # (1, L, D)
         return self.model.get_output_embeddings()(hidden[0, batch.predict_at], batch.targets)
 
     def plain_token_logps(self, ids: Tensor, trained: int) -> Tensor:
@@ -209,6 +220,26 @@ class Policy(nn.Module):
         return rule(0, 0, index[:, None], index[None, :])[None, None]  # (1, 1, L, L), True = attend
 
 
+@torch.compiler.disable  # or it would compile anew for other lengths
+def sdpa_by_document(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+                     documents: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, None]:
+    """transformers' "sdpa" in each document of a row by itself; `documents` has their lengths.
+
+    query, key, value (1, heads, L, head size), mask (1, 1, L, L), True = attend -> (1, L, heads, head size).
+    Over whole rows it took a quarter of a step on a CPU, because sdpa computes what a mask hides.
+    """
+    outputs, end = [], 0
+    for length in [query.shape[2]] if documents is None else documents.tolist():
+        here = slice(end, end := end + length)
+        outputs.append(sdpa_attention_forward(module, query[:, :, here], key[:, :, here], value[:, :, here],
+                                              None if mask is None else mask[..., here, here], **kwargs)[0])
+    return torch.cat(outputs, dim=1), None
+
+
+AttentionInterface.register("sdpa_by_document", sdpa_by_document)
+AttentionMaskInterface.register("sdpa_by_document", sdpa_mask)
+
+
 def step_logps(token_logps: Tensor, batch: Batch) -> Tensor:
     """Sum (T,) token log-probabilities by step: (2, B), chosen and rejected."""
     return token_logps.new_zeros(2 * batch.pairs).index_add(0, batch.sequence, token_logps).view(2, -1)
@@ -219,7 +250,7 @@ def step_logps(token_logps: Tensor, batch: Batch) -> Tensor:
 
 def build(path: str, config: Config, device: torch.device) -> Policy:
     """The model in folder `path`, sharded over all ranks, in eval mode: training has no dropout either."""
-    attention = "flex_attention" if device.type == "cuda" else "sdpa"
+    attention = "flex_attention" if device.type == "cuda" else "sdpa_by_document"
     hf_config = pretrained(AutoConfig, path)
     with parameters_on_meta(), reading(path):
         model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32,
@@ -649,7 +680,9 @@ def complete(config: Config, sets: dict[str, list[Pair]], device: torch.device) 
         raise InputError(f"{longest.where}: takes {needed} tokens, more than --tokens-per-micro-batch "
                          f"{budget}; raise that or lower --max-length")
     dtype = config.dtype or ("bfloat16" if cuda else "float32")
-    return dataclasses.replace(config, dtype=dtype, tokens_per_micro_batch=budget)
+    keep_little = cuda if config.activation_checkpointing is None else config.activation_checkpointing
+    return dataclasses.replace(config, dtype=dtype, tokens_per_micro_batch=budget,
+                               activation_checkpointing=keep_little)
 
 
 def describe(policy: Policy, config: Config, device: torch.device, tokenizer: Any,

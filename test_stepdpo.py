@@ -575,7 +575,8 @@ def make_model(family: str, **changes):
                          num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
                          eos_token_id=1) | options | changes)
     torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa_by_document")
+    return model.eval()
 
 
 def separate_logps(model, pairs) -> torch.Tensor:

@@ -9,8 +9,8 @@
 one device, one process, the same model, pairs, order, global batch, learning rates and precision (fp32, or
 bf16 compute over fp32 master weights):
 
-    ours                 stepdpo.py with its defaults; also without sharing the prefix, and without activation
-                         checkpointing; --ours adds others
+    ours                 stepdpo.py with its defaults (activation checkpointing on CUDA only); also without
+                         sharing the prefix, and with the other choice of checkpointing; --ours adds others
     trl                  DPOTrainer's defaults: a second model gives the reference, in every step
     trl, precomputed     reference log-probabilities computed once, before training, as ours are; also without
                          gradient checkpointing by micro-batches of --trl-micro-batch, and with Liger's layer
@@ -251,8 +251,10 @@ def start(spec: dict) -> dict:
 
 def settings(args: argparse.Namespace, cuda: bool) -> list[dict]:
     """[name -> its part of a spec, name -> why it cannot run here]."""
-    ours = {"ours": "", "ours, prefix not shared": "--no-share-prefix",
-            "ours, no checkpointing": "--no-activation-checkpointing", **{f"ours, {f}": f for f in args.ours}}
+    other = {"ours, no checkpointing": "--no-activation-checkpointing"} if cuda else \
+            {"ours, checkpointing": "--activation-checkpointing"}
+    ours = {"ours": "", "ours, prefix not shared": "--no-share-prefix", **other,
+            **{f"ours, {f}": f for f in args.ours}}
     specs = {name: dict(kind="ours", flags=shlex.split(flags)) for name, flags in ours.items()}
     usual = math.gcd(8, args.batch_size)  # TRL's default, or what the same global batch can be cut into
     trl = {"trl": dict(micro_batch=usual),
