@@ -23,17 +23,12 @@ filters depend on it. Written for liger-kernel 0.8.5, cut-cross-entropy 25.1.1 a
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import importlib.util
-import json
 import os
 import re
-import shlex
 import sys
 import time
 from itertools import accumulate
-from pathlib import Path
 from statistics import median
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts a CPU's memory, talks to stderr
@@ -41,16 +36,14 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
+from train import HERE, environment, write  # noqa: E402 (and the root to import from)
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
 import kernels  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 SHAPES = ["1024,8192,152064", "2048,3584,152064", "4096,4096,128256", "512,2048,151936"] if CUDA else \
          ["256,576,49152", "64,896,151936"]  # on a CPU the heads of SmolLM2-135M and Qwen2-0.5B
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "nvidia-cutlass-dsl")
 ERRORS = ("logps", "dhidden", "dweight", "untargeted")
 
 # ---------------------------------------------------------------------------------------------------- methods
@@ -272,20 +265,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16" if CUDA else "fp32", help="[%(default)s]")
     parser.add_argument("--repeats", type=int, default=11 if CUDA else 5, help="timed turns [%(default)s]")
     parser.add_argument("--skip", nargs="+", choices=METHODS, default=[], help="methods to leave out")
-    parser.add_argument("--out", type=Path, help="JSON [bench/results/loss-DEVICE.json]")
+    parser.add_argument("--out", help="JSON [bench/results/loss-DEVICE.json]")
     args = parser.parse_args()
     if args.repeats < 1 or not all(re.fullmatch(r"[1-9]\d*(,[1-9]\d*){2}", shape) for shape in args.shapes):
         parser.error("--repeats is positive, and each of --shapes three positive numbers T,D,V")
-    names = {} if CUDA else dict(re.findall(r"(model name)\s*: (.+)", Path("/proc/cpuinfo").read_text()))
-    device = torch.cuda.get_device_name() if CUDA else names.get("model name", "CPU")
-    found = {str(package.metadata["Name"]).lower().replace("_", "-"): package.version
-             for package in importlib.metadata.distributions()}
-    versions = {package: found.get(package, "missing") for package in PACKAGES}
-    report = dict(device=device, threads=torch.get_num_threads(), date=datetime.date.today().isoformat(),
-                  command=shlex.join(["python", *sys.argv]), dtype=args.dtype, repeats=args.repeats,
-                  versions=versions, shapes={})
-    print(f"{device}, {args.dtype}, medians of {args.repeats} in turns, {report['date']}",
-          *(f"{package} {version}" for package, version in versions.items()), sep=", ")
+    report = environment() | dict(threads=torch.get_num_threads(), dtype=args.dtype, repeats=args.repeats,
+                                  shapes={})
+    print(f"{args.dtype}, medians of {args.repeats} in turns")
     for shape in args.shapes:
         T, D, V = map(int, shape.split(","))
         results = measure(T, D, V, DTYPES[args.dtype], args.repeats, args.skip)
@@ -294,10 +280,7 @@ def main() -> None:
         rate = 6e-12 * T * V * D / results["bare"]["seconds"]
         print(f"\nT={T} D={D} V={V}: the bare GEMMs reach {rate:.3g} TFLOP/s", *table(results), *checks,
               sep="\n", flush=True)
-    out = args.out or HERE / "results" / f"loss-{device.lower().replace(' ', '-') if CUDA else 'cpu'}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"\nwrote {out}")
+    write(args.out or os.path.join(HERE, "results", f"loss-{report['place']}.json"), report)
 
 
 if __name__ == "__main__":

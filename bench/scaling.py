@@ -231,9 +231,6 @@ def main() -> None:
     if CUDA:
         numbers = [n for n in numbers if n <= units]  # NCCL refuses two processes on one GPU
     result = environment() | {"arguments": vars(args), "units": units}
-    print(f"{result['device']}; load {result['load_before']:.1f} before the start, {result['date']}")
-    if result["load_before"] > 0.5 and not CUDA:
-        print("WARNING: other work runs on this machine; do not quote these times")
     with tempfile.TemporaryDirectory() as folder:
         source = args.data or synthetic(os.path.join(folder, "pairs.jsonl"), 4 * args.batch_size)
         tokenizer = AutoTokenizer.from_pretrained(args.model)

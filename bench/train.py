@@ -31,8 +31,10 @@ bf16 compute over fp32 master weights):
   no padding: it compares methods, not kernels.
 """
 import argparse
+import contextlib
 import datetime
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -57,18 +59,21 @@ SHAPES = {name: dict(zip(_QWEN2, values, strict=True)) for name, values in {
     "qwen2-1.5b": (1536, 8960, 28, 12, 2, 151936, True),
     "qwen2-7b": (3584, 18944, 28, 28, 4, 152064, False),
     "qwen2-72b": (8192, 29568, 80, 64, 8, 152064, False)}.items()}
+PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate", "liger-kernel", "cut-cross-entropy",
+            "quack-kernels", "nvidia-cutlass-dsl")
 PEAK = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362}  # dense bf16 TFLOP/s (SXM)
 
+OOM = "out of memory"
 
 # ---------------------------------------------------------------------------------- shared with other scripts
 
 
 def environment() -> dict:
-    """What a number means nothing without: device, versions, date, command."""
+    """What a number means nothing without: device, versions, date, command. Also printed."""
     import torch
     versions = {"python": sys.version.split()[0]}
-    for name in ("torch", "triton", "transformers", "trl", "accelerate", "liger_kernel"):
-        if importlib.util.find_spec(name):
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     device = f"CPU ({os.cpu_count()} cores)"
     with open("/proc/cpuinfo") as file:
@@ -77,9 +82,14 @@ def environment() -> dict:
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     place = device.lower().replace(" ", "-") if torch.cuda.is_available() else "cpu"  # in names of files
-    return {"device": device, "place": place, "cuda": torch.cuda.is_available(), "versions": versions,
-            "date": datetime.datetime.now().isoformat(timespec="minutes"), "command": shlex.join(sys.argv),
-            "load_before": os.getloadavg()[0]}
+    found = {"device": device, "place": place, "cuda": torch.cuda.is_available(), "versions": versions,
+             "date": datetime.datetime.now().isoformat(timespec="minutes"),
+             "command": shlex.join(["python", *sys.argv]), "load_before": os.getloadavg()[0]}
+    print(f"{device}, {found['date']}, load {found['load_before']:.1f} before the start, "
+          + ", ".join(f"{name} {version}" for name, version in versions.items()))
+    if found["load_before"] > 0.5 and not found["cuda"]:
+        print("WARNING: other work runs on this machine; do not quote these times")
+    return found
 
 
 def write(path: str, result: dict) -> None:
@@ -241,9 +251,29 @@ def start(spec: dict) -> dict:
         with open(path + ".result") as file:
             return json.load(file)
     if "OutOfMemoryError" in done.stderr or done.returncode == -signal.SIGKILL:
-        return {"failed": "out of memory"}
+        return {"failed": OOM}
     print(done.stderr[-4000:], file=sys.stderr)
     return {"failed": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]}
+
+
+def finished_before(path: str, key: dict) -> dict[tuple[int, str], dict]:
+    """(round, name) -> run, of this very command and code if it was stopped; else the file starts anew."""
+    sources = [os.path.abspath(__file__), *(os.path.join(os.path.dirname(HERE), f"{name}.py")
+                                            for name in ("data", "kernels", "stepdpo"))]
+    for source in sources:
+        with open(source, "rb") as file:
+            key[source] = hashlib.sha256(file.read()).hexdigest()
+    first, lines = json.dumps(key), []
+    if os.path.exists(path):
+        with open(path) as file:
+            first_before, *lines = [line for line in file if line.endswith("\n")] or [""]
+        if first_before == first + "\n":
+            runs = map(json.loads, lines)
+            return {(n, name): run for n, name, run in runs if run.get("failed", OOM) == OOM}
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    with open(path, "w") as file:
+        file.write(first + "\n")
+    return {}
 
 
 # -------------------------------------------------------------------------------------------------- the table
@@ -349,19 +379,20 @@ def main() -> None:
     known = [tflops for gpu, tflops in PEAK.items() if gpu in found["device"]]
     peak = 1e12 * (args.peak_tflops or known[0]) if args.peak_tflops or known else None
     name = args.shape or os.path.basename(os.path.normpath(args.model))
-    print(f"device      {found['device']}, {dtype}; load {found['load_before']:.1f} before the start\n"
-          f"model       {name}{' with random weights' if args.shape else ''}: {body / 1e6:,.1f}M parameters "
-          f"in the layers, {head / 1e6:,.1f}M in the head\n"
+    print(f"model       {name}{' with random weights' if args.shape else ''}, {dtype}: "
+          f"{body / 1e6:,.1f}M parameters in the layers, {head / 1e6:,.1f}M in the head\n"
           f"steps       {args.batch_size} pairs each, {args.warmup} + {args.steps} of them in each of "
           f"{args.rounds} rounds")
     for key, n in lengths.items():
         print(f"{key:11s} {n['mean']:.0f} tokens in the mean, from {n['min']} to {n['max']}, median "
               f"{n['median']:.0f}, 95% up to {n['p95']:.0f}")
-    if found["load_before"] > 0.5 and not cuda:
-        print("WARNING     other work runs on this machine; do not quote these times")
 
+    out = args.out or os.path.join(HERE, "results", f"train-{name}-{found['place']}.json")
     specs, missing = settings(args, cuda)
     runs, failed = {name: [] for name in specs}, {}
+    kept = finished_before(f"{out}.part", {**vars(args), **found["versions"], "device": found["device"]})
+    if kept:
+        print(f"continuing  with {len(kept)} runs of the same command, in {out}.part")
     with tempfile.TemporaryDirectory() as folder:
         model, chosen = os.path.abspath(args.model), os.path.join(folder, "pairs.jsonl")
         with open(chosen, "w") as file:
@@ -378,9 +409,12 @@ def main() -> None:
             for name in list(specs)[::-1 if n % 2 else 1]:  # back and forth: drift hits all alike
                 if name in failed:
                     continue
-                with tempfile.TemporaryDirectory(dir=folder) as place:
-                    run = start(dict(specs[name], folder=place, model=model, data=chosen, common=common,
-                                     batch=args.batch_size))
+                if not (run := kept.get((n, name))):
+                    with tempfile.TemporaryDirectory(dir=folder) as place:
+                        run = start(dict(specs[name], folder=place, model=model, data=chosen, common=common,
+                                         batch=args.batch_size))
+                    with open(f"{out}.part", "a") as file:
+                        file.write(json.dumps([n, name, run]) + "\n")
                 if "failed" in run:
                     failed[name] = run["failed"]
                     continue
@@ -410,11 +444,12 @@ def main() -> None:
                 for who in ("ours", "trl")}
         if all(best.values()):
             print(f"The fastest of ours over the fastest of TRL, {title}: {best['ours'] / best['trl']:.2f}")
-    write(args.out or os.path.join(HERE, "results", f"train-{name}-{found['place']}.json"), {
+    write(out, {
         **found, "arguments": vars(args), "dtype": dtype, "peak_flops": peak, "lengths": lengths,
         "useful_tokens_per_pair": useful, "flops_per_token": flops, "table": table,
         "missing": missing, "failed": failed, "runs": runs})
-    if any(name.startswith("ours") and why != "out of memory" for name, why in failed.items()):
+    os.remove(f"{out}.part")
+    if any(name.startswith("ours") and why != OOM for name, why in failed.items()):
         sys.exit(1)
 
 
