@@ -2024,6 +2024,29 @@ def test_training_benchmark_runs_ours_and_names_a_missing_trl(workplace, tmp_pat
         assert report["table"]["trl"]["loss_differs"] < 1e-4
 
 
+def test_training_benchmark_tells_where_the_time_of_a_step_goes(workplace, tmp_path):
+    report, text = bench("train", tmp_path / "profile.json", "--model", str(workplace / "qwen2"), "--data",
+                         str(workplace / "pairs.jsonl"), "--batch-size=4", "--steps=1", "--profile")
+    kinds = report["kinds"]
+    assert min(kinds["matrix products"], kinds["attention"], kinds["the rest"]) > 0 and report["flops"] > 0
+    assert sum(kinds.values()) == pytest.approx(report["seconds"], rel=0.5)
+    assert "matrix products" in text and "TFLOP/s" in text
+
+
+def test_training_benchmark_goes_on_with_the_runs_that_it_finished(tmp_path):
+    bench_train, path = module_of("bench/train.py"), str(tmp_path / "new" / "train.json.part")
+    runs = {(0, "ours"): {"loss": [0.7]}, (0, "trl"): {"failed": bench_train.OOM},
+            (1, "ours"): {"failed": "another error, worth a second try"}}
+    assert bench_train.finished_before(path, {"model": "a"}) == {}
+    with open(path, "a") as file:
+        file.writelines(json.dumps([n, name, run]) + "\n" for (n, name), run in runs.items())
+        file.write('[1, "trl", {"lo')  # killed while writing
+    for _ in range(2):
+        kept = bench_train.finished_before(path, {"model": "a"})
+        assert kept == {key: run for key, run in runs.items() if key != (1, "ours")}
+    assert bench_train.finished_before(path, {"model": "b"}) == {}
+
+
 def test_scaling_benchmark_gives_the_same_losses_with_more_processes(workplace, tmp_path):
     report, text = bench("scaling", tmp_path / "scaling.json", "--model", str(workplace / "qwen2"), "--quick")
     one, two = report["processes"]
