@@ -27,7 +27,6 @@ import importlib.util
 import os
 import re
 import sys
-import time
 from itertools import accumulate
 from statistics import median
 
@@ -36,7 +35,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
-from train import HERE, environment, write  # noqa: E402 (and the root to import from)
+from train import HERE, announced_environment, seconds, write  # noqa: E402 (and the root to import from)
 
 import kernels  # noqa: E402
 
@@ -126,15 +125,6 @@ def bare_gemms(hidden: Tensor, weight: Tensor):
 
 
 # -------------------------------------------------------------------------------------------------- measuring
-
-
-def seconds(run) -> float:
-    wait = torch.cuda.synchronize if CUDA else lambda: None
-    wait()
-    began = time.perf_counter()
-    run()
-    wait()
-    return time.perf_counter() - began
 
 
 def peak_bytes(run) -> int:
@@ -269,8 +259,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.repeats < 1 or not all(re.fullmatch(r"[1-9]\d*(,[1-9]\d*){2}", shape) for shape in args.shapes):
         parser.error("--repeats is positive, and each of --shapes three positive numbers T,D,V")
-    report = environment() | dict(threads=torch.get_num_threads(), dtype=args.dtype, repeats=args.repeats,
-                                  shapes={})
+    report = announced_environment() | dict(threads=torch.get_num_threads(), dtype=args.dtype,
+                                            repeats=args.repeats, shapes={})
     print(f"{args.dtype}, medians of {args.repeats} in turns")
     for shape in args.shapes:
         T, D, V = map(int, shape.split(","))

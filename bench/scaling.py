@@ -31,8 +31,17 @@ import tempfile
 from statistics import mean, median
 
 import torch
-from loss import peak_bytes, seconds
-from train import HERE, PEAK, SHAPES, environment, sizes, start, write  # (and the root to import from)
+from loss import peak_bytes
+from train import (  # (and the root to import from)
+    HERE,
+    PEAK,
+    SHAPES,
+    announced_environment,
+    seconds,
+    sizes,
+    start,
+    write,
+)
 from transformers import AutoTokenizer, Qwen2Config
 
 import data
@@ -240,7 +249,7 @@ def main() -> None:
     units = torch.cuda.device_count() if CUDA else os.cpu_count()
     if CUDA:
         numbers = [n for n in numbers if n <= units]  # NCCL refuses two processes on one GPU
-    result = environment() | {"arguments": vars(args), "units": units}
+    result = announced_environment() | {"arguments": vars(args), "units": units}
     with tempfile.TemporaryDirectory() as folder:
         source = args.data or synthetic(os.path.join(folder, "pairs.jsonl"), 3 * args.batch_size)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -253,10 +262,10 @@ def main() -> None:
                                               model=args.model))).get("failed"):
             sys.exit(f"scaling: cannot make the random model: {made['failed']}")
         model = folder if args.shape else args.model
-        few = os.path.join(folder, "few.jsonl")
-        with open(few, "w") as file:  # the reference pass takes all pairs of the file
+        subset = os.path.join(folder, "subset.jsonl")
+        with open(subset, "w") as file:  # the reference pass takes all pairs of the file
             file.writelines(json.dumps(row) + "\n" for _, row in rows[:3 * args.batch_size])
-        result["processes"] = processes(model, few, numbers, args.batch_size, 2, args.rounds)
+        result["processes"] = processes(model, subset, numbers, args.batch_size, 2, args.rounds)
         result["head"] = head(shapes, args.repeats)
         stepdpo.start_processes()
         result["sharing"] = sharing(model, lengths, count, args.repeats)

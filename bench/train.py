@@ -78,7 +78,7 @@ KINDS = {  # of work, by the names of CPU operators and CUDA kernels; the first 
 
 
 def environment() -> dict:
-    """What a number means nothing without: device, versions, date, command. Also printed."""
+    """What a number means nothing without: device, versions, date, command."""
     import torch
     versions = {"python": sys.version.split()[0]}
     for name in PACKAGES:
@@ -91,11 +91,16 @@ def environment() -> dict:
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     place = device.lower().replace(" ", "-") if torch.cuda.is_available() else "cpu"  # in names of files
-    found = {"device": device, "place": place, "cuda": torch.cuda.is_available(), "versions": versions,
-             "date": datetime.datetime.now().isoformat(timespec="minutes"),
-             "command": shlex.join(["python", *sys.argv]), "load_before": os.getloadavg()[0]}
-    print(f"{device}, {found['date']}, load {found['load_before']:.1f} before the start, "
-          + ", ".join(f"{name} {version}" for name, version in versions.items()))
+    return {"device": device, "place": place, "cuda": torch.cuda.is_available(), "versions": versions,
+            "date": datetime.datetime.now().isoformat(timespec="minutes"),
+            "command": shlex.join(["python", *sys.argv]), "load_before": os.getloadavg()[0]}
+
+
+def announced_environment() -> dict:
+    """`environment`, printed before anything is timed, with a warning if other work would disturb."""
+    found = environment()
+    print(f"{found['device']}, {found['date']}, load {found['load_before']:.1f} before the start, "
+          + ", ".join(f"{name} {version}" for name, version in found["versions"].items()))
     if found["load_before"] > 0.5 and not found["cuda"]:
         print("WARNING: other work runs on this machine; do not quote these times")
     return found
@@ -116,6 +121,16 @@ def sizes(config) -> tuple[int, int]:
         model = AutoModelForCausalLM.from_config(config)
     ends = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
     return sum(p.numel() for p in model.parameters() if p not in ends), ends.pop().numel()
+
+
+def seconds(run) -> float:
+    import torch
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    began = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - began
 
 
 def peak_bytes() -> int:
@@ -192,13 +207,9 @@ def run_profile(spec: dict) -> dict:
             kinds[kind] += took / 1e6
     n, dtype = (8192, torch.bfloat16) if cuda else (2048, torch.float32)
     a, b = torch.randn(2, n, n, dtype=dtype, device="cuda" if cuda else "cpu")
-    times = []
-    for _ in range(8):
-        began = {}
-        seconds_of(torch.mm, began, "s")(a, b)
-        times.append(began["s"])
+    bare = median(seconds(lambda: torch.mm(a, b)) for _ in range(8))
     return {"seconds": record["seconds"][-1], "unprofiled_seconds": record["seconds"][-2],
-            "kinds": kinds, "flops": flops, "bare_flops_per_second": 2 * n**3 / median(times)}
+            "kinds": kinds, "flops": flops, "bare_flops_per_second": 2 * n**3 / bare}
 
 
 def run_trl(spec: dict) -> dict:
@@ -431,7 +442,7 @@ def main() -> None:
     from transformers import AutoConfig, AutoTokenizer, Qwen2Config
 
     import data
-    found = environment()
+    found = announced_environment()
     cuda = found["cuda"]
     args.warmup = args.warmup if args.warmup is not None else 3 if cuda else 1
     dtype = args.dtype or ("bfloat16" if cuda else "float32")
