@@ -22,7 +22,9 @@ the 2.6 TFLOP of one GEMM over them at D = 8192. The logits stay fp32 all the wa
 0.02-0.04 nats of noise on every token.
 
 This file needs torch and triton only. Copy it, call `linear_logps`, and build any loss on what it returns.
-Letters: T tokens, D hidden size, V vocabulary. `dx` is the gradient of the loss with respect to x.
+In reading order: the definition in plain torch, two Triton kernels, one tile forward and backward, the
+autograd function, `linear_logps`. Letters: T tokens, D hidden size, V vocabulary; `dx` is the gradient of the
+loss with respect to x.
 """
 
 import torch
@@ -32,6 +34,165 @@ from torch import Tensor
 
 BLOCK = 8448  # rows of W per tile: 18 x 8448 = 152,064 (Qwen2); 33 x 256 columns fill whole waves on 132 SMs
 BLOCK_CPU = 2048  # a tile that stays in the caches
+
+
+def plain_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The definition: what `linear_logps` computes, with all logits in memory."""
+    logits = (hidden @ weight.T).float()  # (T, V)
+    logps = logits.log_softmax(-1)        # (T, V)
+    return logps.gather(1, targets[:, None])[:, 0]  # (T,)
+
+
+# --------------------------------------------------------------------------------------------- Triton kernels
+# One program per token. `tile` is contiguous fp32 (T, width); `start` is its first column's vocabulary index.
+
+
+@triton.jit
+def _fold_kernel(tile, targets, maximum, total, target_logit, start, width, CHUNK: tl.constexpr):
+    """Fold a tile into the running maximum m, sum of exponentials s = `total` and target logit, each (T,)."""
+    row = tl.program_id(0).to(tl.int64)  # 64 bits: row * width may exceed 2^31
+    m, s = tl.load(maximum + row), tl.load(total + row)
+
+    for offset in range(0, width, CHUNK):
+        column = offset + tl.arange(0, CHUNK)
+        z = tl.load(tile + row * width + column, mask=column < width, other=float("-inf"))
+        new_m = tl.maximum(m, tl.max(z, 0))
+        s = s * tl.exp(m - new_m) + tl.sum(tl.exp(z - new_m), 0)
+        m = new_m
+
+    tl.store(maximum + row, m)
+    tl.store(total + row, s)
+
+    # Of all blocks exactly one holds the target; the others leave its logit alone.
+    target = tl.load(targets + row) - start
+    if (target >= 0) & (target < width):
+        tl.store(target_logit + row, tl.load(tile + row * width + target))
+
+
+@triton.jit
+def _dtile_kernel(tile, targets, lse, dlogps, dtile, start, width, CHUNK: tl.constexpr):
+    """dtile = dlogps * (onehot(target) - exp(tile - lse)), in the dtype of `dtile`, which may be `tile`."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    z = tl.load(tile + row * width + column, mask=column < width)
+    onehot = (column == tl.load(targets + row) - start).to(tl.float32)
+    softmax = tl.exp(z - tl.load(lse + row))
+    dz = tl.load(dlogps + row) * (onehot - softmax)
+    tl.store(dtile + row * width + column, dz.to(dtile.dtype.element_ty), mask=column < width)
+
+
+_INTERPRETED = not isinstance(_fold_kernel, triton.JITFunction)  # TRITON_INTERPRET=1 when triton was imported
+_CHUNK = 2048  # columns of a tile that a program holds at a time
+
+
+# ----------------------------------------------------------------------------------------- one tile at a time
+
+
+def _operand(x: Tensor) -> Tensor:
+    """What GEMMs read: widened on CPU, since half-precision GEMMs with an fp32 result exist on CUDA only."""
+    return x if x.is_cuda else x.float()
+
+
+def _blocks(weight: Tensor):
+    """(start, rows [start, start + width) of weight), block by block."""
+    width = BLOCK if weight.is_cuda else BLOCK_CPU
+    for start in range(0, len(weight), width):
+        yield start, _operand(weight[start:start + width])
+
+
+def _logits(hidden: Tensor, block: Tensor) -> Tensor:  # (T, D), (width, D) -> (T, width) fp32
+    if hidden.dtype == torch.float32:
+        return hidden @ block.T
+    return torch.mm(hidden, block.T, out_dtype=torch.float32)
+
+
+def _targets_within(tile: Tensor, targets: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """(rows, columns) of the targets that lie in this tile."""
+    rows = ((targets >= start) & (targets < start + tile.shape[1])).nonzero()[:, 0]
+    return rows, targets[rows] - start
+
+
+def _fold(tile: Tensor, targets: Tensor, maximum: Tensor, total: Tensor, target_logit: Tensor,
+          start: int) -> None:
+    """Fold a tile into the three running numbers of each token, in place. May overwrite the tile."""
+    if tile.is_cuda or _INTERPRETED:
+        grid = (len(tile),)
+        _fold_kernel[grid](tile, targets, maximum, total, target_logit, start, tile.shape[1], CHUNK=_CHUNK)
+        return
+
+    rows, columns = _targets_within(tile, targets, start)
+    target_logit[rows] = tile[rows, columns]
+    new_maximum = torch.maximum(maximum, tile.amax(1))
+    total.mul_((maximum - new_maximum).exp_())
+    total.add_(tile.sub_(new_maximum[:, None]).exp_().sum(1))
+    maximum.copy_(new_maximum)
+
+
+def _dtile(tile: Tensor, targets: Tensor, lse: Tensor, dlogps: Tensor, start: int,
+           dtype: torch.dtype) -> Tensor:
+    """Gradient of a tile of logits, (T, width) in `dtype`. May overwrite the tile."""
+    if tile.is_cuda or _INTERPRETED:
+        dtile = tile if dtype == torch.float32 else torch.empty_like(tile, dtype=dtype)
+        grid = (len(tile), triton.cdiv(tile.shape[1], _CHUNK))
+        _dtile_kernel[grid](tile, targets, lse, dlogps, dtile, start, tile.shape[1], CHUNK=_CHUNK)
+        return dtile
+
+    rows, columns = _targets_within(tile, targets, start)
+    dtile = tile.sub_(lse[:, None]).exp_().mul_(-dlogps[:, None])
+    dtile[rows, columns] += dlogps[rows]
+    return dtile
+
+
+# -------------------------------------------------------------------------------------- the autograd function
+
+
+class _LinearLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        targets = targets.long().contiguous()
+        # Starts at -inf, not 0, because all logits may be below 0.
+        maximum = hidden.new_full((len(hidden),), float("-inf"), dtype=torch.float32)
+        total, target_logit = torch.zeros_like(maximum), torch.zeros_like(maximum)
+
+        operand = _operand(hidden)
+        for start, block in _blocks(weight):
+            _fold(_logits(operand, block), targets, maximum, total, target_logit, start)
+
+        lse = maximum + total.log()
+        ctx.save_for_backward(hidden, weight, targets, lse)
+        return target_logit - lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dlogps: Tensor):
+        hidden, weight, targets, lse = ctx.saved_tensors
+        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        dhidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
+        dweight = torch.empty_like(weight) if needs_weight else None
+
+        dlogps = dlogps.contiguous()
+        operand = _operand(hidden)
+        for start, block in _blocks(weight):
+            dtile = _dtile(_logits(operand, block), targets, lse, dlogps, start, operand.dtype)
+
+            if needs_weight:
+                rows = dweight[start:start + len(block)]
+                if rows.dtype == dtile.dtype:
+                    torch.mm(dtile.T, operand, out=rows)
+                else:  # 16-bit weight on a CPU
+                    rows.copy_(dtile.T @ operand)
+
+            if needs_hidden:
+                if dtile.dtype == torch.float32:
+                    dhidden.addmm_(dtile, block)
+                else:  # summed in fp32 over the blocks
+                    dhidden += torch.mm(dtile, block, out_dtype=torch.float32)
+
+            del dtile  # before the next tile is made, so that there is never a second one
+        return dhidden.to(hidden.dtype) if needs_hidden else None, dweight, None
+
+
+# -------------------------------------------------------------------------------------- the public function
 
 
 def linear_logps(
@@ -54,6 +215,15 @@ def linear_logps(
     Raises ValueError if shapes, dtypes or devices do not fit or a target is outside [0, V). (That last check
     waits for the device once per call.)
     """
+    _check(hidden, weight, targets)
+    if len(hidden) == 0:  # no kernel can be launched; the definition costs nothing, and gives zero gradients
+        return plain_logps(hidden, weight, targets.long())
+    # Triton launches on the current device; autocast would round the fp32 logits.
+    with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
+        return _LinearLogps.apply(hidden, weight, targets)
+
+
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError("hidden must be (T, D) and weight (V, D), got "
                          f"{tuple(hidden.shape)} and {tuple(weight.shape)}")
@@ -73,127 +243,3 @@ def linear_logps(
         low, high = torch.stack(targets.aminmax()).tolist()
         if low < 0 or high >= len(weight):
             raise ValueError(f"targets must be in [0, V) = [0, {len(weight)}), got {low} to {high}")
-    # Triton launches on the current device; autocast would round the fp32 logits.
-    with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
-        return _LinearLogps.apply(hidden, weight, targets)
-
-
-# --------------------------------------------------------------------------------------------- Triton kernels
-# One program per token. `tile` is contiguous fp32 (T, width); `start` is its first column's vocabulary index.
-
-
-@triton.jit
-def _fold_kernel(tile, targets, maximum, total, target_logit, start, width, CHUNK: tl.constexpr):
-    """Fold a tile into the running maximum m, sum of exponentials s = `total` and target logit, each (T,)."""
-    row = tl.program_id(0).to(tl.int64)
-    m, s = tl.load(maximum + row), tl.load(total + row)
-    for offset in range(0, width, CHUNK):
-        column = offset + tl.arange(0, CHUNK)
-        z = tl.load(tile + row * width + column, mask=column < width, other=float("-inf"))
-        new_m = tl.maximum(m, tl.max(z, 0))
-        s = s * tl.exp(m - new_m) + tl.sum(tl.exp(z - new_m), 0)
-        m = new_m
-    tl.store(maximum + row, m)
-    tl.store(total + row, s)
-    target = tl.load(targets + row) - start
-    if (target >= 0) & (target < width):
-        tl.store(target_logit + row, tl.load(tile + row * width + target))
-
-
-@triton.jit
-def _dtile_kernel(tile, targets, lse, dlogps, dtile, start, width, CHUNK: tl.constexpr):
-    """dtile = dlogps * (onehot(target) - exp(tile - lse)), in the dtype of `dtile`, which may be `tile`."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
-    z = tl.load(tile + row * width + column, mask=column < width)
-    onehot = (column == tl.load(targets + row) - start).to(tl.float32)
-    dz = tl.load(dlogps + row) * (onehot - tl.exp(z - tl.load(lse + row)))
-    tl.store(dtile + row * width + column, dz.to(dtile.dtype.element_ty), mask=column < width)
-
-
-_INTERPRETED = not isinstance(_fold_kernel, triton.JITFunction)  # TRITON_INTERPRET=1 when triton was imported
-_CHUNK = 2048
-
-
-# ----------------------------------------------------------------------------------------- one tile at a time
-
-
-def _logits(hidden: Tensor, block: Tensor) -> Tensor:  # (T, D), (width, D) -> (T, width) fp32
-    if hidden.dtype == torch.float32:
-        return hidden @ block.T
-    return torch.mm(hidden, block.T, out_dtype=torch.float32)
-
-
-def _operand(x: Tensor) -> Tensor:
-    """What GEMMs read: widened on CPU, since half-precision GEMMs with an fp32 result exist on CUDA only."""
-    return x if x.is_cuda else x.float()
-
-
-def _blocks(weight: Tensor):
-    """(start, rows [start, start + width) of weight), block by block."""
-    width = BLOCK if weight.is_cuda else BLOCK_CPU
-    for start in range(0, len(weight), width):
-        yield start, _operand(weight[start:start + width])
-
-
-def _fold(tile: Tensor, targets: Tensor, state: tuple[Tensor, Tensor, Tensor], start: int) -> None:
-    if tile.is_cuda or _INTERPRETED:
-        _fold_kernel[(len(tile),)](tile, targets, *state, start, tile.shape[1], CHUNK=_CHUNK)
-        return
-    maximum, total, target_logit = state
-    here = ((targets >= start) & (targets < start + tile.shape[1])).nonzero()[:, 0]
-    target_logit[here] = tile[here, targets[here] - start]
-    new_maximum = torch.maximum(maximum, tile.amax(1))
-    total.mul_((maximum - new_maximum).exp_()).add_(tile.sub_(new_maximum[:, None]).exp_().sum(1))
-    maximum.copy_(new_maximum)
-
-
-def _dtile(tile: Tensor, targets: Tensor, lse: Tensor, dlogps: Tensor, start: int,
-           dtype: torch.dtype) -> Tensor:
-    if tile.is_cuda or _INTERPRETED:
-        dtile = tile if dtype == torch.float32 else torch.empty_like(tile, dtype=dtype)
-        grid = (len(tile), triton.cdiv(tile.shape[1], _CHUNK))
-        _dtile_kernel[grid](tile, targets, lse, dlogps, dtile, start, tile.shape[1], CHUNK=_CHUNK)
-        return dtile
-    here = ((targets >= start) & (targets < start + tile.shape[1])).nonzero()[:, 0]
-    dtile = tile.sub_(lse[:, None]).exp_().mul_(-dlogps[:, None])
-    dtile[here, targets[here] - start] += dlogps[here]
-    return dtile
-
-
-class _LinearLogps(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        targets = targets.long().contiguous()
-        # -inf, not 0: all logits may be below it
-        maximum = hidden.new_full((len(hidden),), float("-inf"), dtype=torch.float32)
-        total, target_logit = torch.zeros_like(maximum), torch.zeros_like(maximum)
-        if len(hidden):
-            operand = _operand(hidden)
-            for start, block in _blocks(weight):
-                _fold(_logits(operand, block), targets, (maximum, total, target_logit), start)
-        lse = maximum + total.log()
-        ctx.save_for_backward(hidden, weight, targets, lse)
-        return target_logit - lse
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dlogps: Tensor):
-        hidden, weight, targets, lse = ctx.saved_tensors
-        needs_hidden, needs_weight, _ = ctx.needs_input_grad
-        dhidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
-        dweight = (torch.empty_like if len(hidden) else torch.zeros_like)(weight) if needs_weight else None
-        if len(hidden):
-            dlogps, operand = dlogps.contiguous(), _operand(hidden)
-            for start, block in _blocks(weight):
-                dtile = _dtile(_logits(operand, block), targets, lse, dlogps, start, operand.dtype)
-                if needs_weight and dweight.dtype == dtile.dtype:
-                    torch.mm(dtile.T, operand, out=dweight[start:start + len(block)])
-                elif needs_weight:
-                    dweight[start:start + len(block)] = dtile.T @ operand
-                if needs_hidden and dtile.dtype == torch.float32:
-                    dhidden.addmm_(dtile, block)
-                elif needs_hidden:
-                    dhidden += torch.mm(dtile, block, out_dtype=torch.float32)
-                del dtile  # before the next tile is made, so that there is never a second one
-        return dhidden.to(hidden.dtype) if needs_hidden else None, dweight, None
