@@ -2,8 +2,8 @@
 
 Given a problem x, correct steps s_1..s_{k-1}, a correct next step s_win and a wrong one s_lose, eq. (2) is
 
-    L = -E log sigmoid( beta * [ log pi(s_win | x, s_<k) / pi_ref(s_win | x, s_<k)
-                               - log pi(s_lose | x, s_<k) / pi_ref(s_lose | x, s_<k) ] )
+    L = -E log sigmoid( beta * [ log( pi(s_win  | x, s_<k) / pi_ref(s_win  | x, s_<k) )
+                               - log( pi(s_lose | x, s_<k) / pi_ref(s_lose | x, s_<k) ) ] )
 
 where pi_ref is the model before training. Only the step is trained on; all before it is context.
 
@@ -11,15 +11,15 @@ where pi_ref is the model before training. Only the step is trained on; all befo
     torchrun --nproc_per_node 8 stepdpo.py --model Qwen/Qwen2-7B-Instruct \\
         --data xinlai/Math-Step-DPO-10K --output-dir OUT
 
-In reading order: the loss; the policy, a model that returns log-probabilities of steps; building, sharding,
-loading and exporting it; the log-probabilities of many pairs; the training loop. data.py says what a pair is
-and how it becomes tokens, kernels.py why no logits are ever held.
+In reading order: the loss; the policy, a model that returns log-probabilities of steps; from pairs to
+log-probabilities; the training; what comes before its first step; building, sharding, loading and exporting
+the model; checkpoints; flags. data.py says what a pair is and how it becomes tokens, kernels.py why no logits
+are ever held.
 """
 
 import argparse
-import dataclasses
 import gc
-import hashlib
+import itertools
 import json
 import math
 import os
@@ -28,104 +28,34 @@ import shutil
 import signal
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
-import numpy
 import safetensors
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
-import triton
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed import fsdp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-)
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 import data
-from data import INSTRUCTION, SPANS, TEMPLATES, Batch, InputError, Pair, say, write_whole
+from data import FLOAT, INT, POSITIVE_FLOAT, POSITIVE_INT, Batch, InputError, Pair, Segments, print0
 from kernels import linear_logps
 
-
-def flag(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
-
-
-@dataclass(frozen=True)
-class Config:
-    """Every flag of the command line, with the paper's values as defaults."""
-
-    model: str = flag(None, "model to train: a Hugging Face folder with safetensors, or hub name (required)")
-    data: str = flag(None, "step pairs to train on: .jsonl, .json, .parquet or a hub dataset (required)")
-    output_dir: str = flag(None, "folder for metrics.jsonl, run.json, checkpoints/, model/ (required)")
-    eval_data: str = flag(None, "held-out step pairs: the same metrics, no training")
-    test_problems: str = flag(None, "held-out problems with answers: at the end, greedy accuracy before and "
-                                    "after, in answers of --max-length tokens at most, by the way of data.py "
-                                    "solve: each process holds a whole model for it")
-    reference: str = flag(None, "reference model, if it is not the model itself before training")
-    span: str = flag("step", "train on one step, or on the whole solution (plain DPO)", tuple(SPANS))
-    template: str = flag("chat", "how problem and answer are put together", TEMPLATES)
-    instruction: str = flag(None, "text after the problem in the user turn, '' for none; default: the "
-                                  f"template's own (chat and deepseek-math: '{INSTRUCTION}'; alpaca: none)")
-    beta: float = flag(0.4, "strength of the pull towards the reference (paper: 0.4, and 0.5 for 72B)")
-    learning_rate: float = flag(5e-7, "peak; linear warm-up, then cosine to 0")
-    batch_size: int = flag(128, "pairs per optimizer step over all ranks, about (epochs are cut evenly)")
-    tokens_per_micro_batch: int = flag(None, "tokens in one forward and backward of a rank: sets memory and "
-                                             "speed, not the result (default: 4096 on CUDA, 1024 on CPU)")
-    epochs: int = flag(8, "passes over the pairs (paper: 8, and 4 above 30B)")
-    max_steps: int = flag(0, "end the schedule after so many optimizer steps; 0: after all epochs")
-    warmup_ratio: float = flag(0.1, "share of the optimizer steps with rising learning rate")
-    max_length: int = flag(1024, "tokens of prefix + step; longer pairs are dropped and counted, never cut")
-    max_grad_norm: float = flag(1.0, "clip the gradient to this norm")
-    eval_every: int = flag(50, "optimizer steps between evaluations (always one before and one after)")
-    save_every: int = flag(0, "optimizer steps between checkpoints; 0: only when stopped by SIGTERM")
-    resume: bool = flag(False, "continue from the checkpoint in --output-dir")
-    share_prefix: bool = flag(True, "lay out only once what chosen and rejected have in common")
-    activation_checkpointing: bool = flag(None, "keep only each layer's input: less memory, 1/3 more work "
-                                                "(default: on CUDA, not on CPU)")
-    offload: bool = flag(False, "keep parameters, gradients and optimizer state in CPU memory")
-    compile: bool = flag(False, "torch.compile each decoder layer")
-    dtype: str = flag(None, "compute type; master weights: float32 (default: bfloat16 on CUDA, else float32)",
-                      ("bfloat16", "float32"))
-    seed: int = flag(0, "order of the pairs")
-
-    def __post_init__(self) -> None:
-        zero_is_fine = ("max_steps", "save_every", "warmup_ratio", "seed")
-        for field in dataclasses.fields(self):
-            name, value = f"--{field.name.replace('_', '-')}", getattr(self, field.name)
-            choices, may_be_zero = field.metadata["choices"], field.name in zero_is_fine
-            if field.name in ("model", "data", "output_dir") and not value:
-                raise InputError(f"{name} is required")
-            if choices and value not in (None, *choices):
-                raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-            if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and may_be_zero):
-                raise InputError(f"{name} must be {'at least' if may_be_zero else 'above'} 0, got {value}")
-
+Config = argparse.Namespace  # the flags, by name
 
 # --------------------------------------------------------------------------------------------------- the loss
 
@@ -147,7 +77,8 @@ def step_dpo_loss(
         raise ValueError(f"the four logps must have one shape, got {[tuple(x.shape) for x in logps]}")
     if not beta > 0:
         raise ValueError(f"beta must be > 0, got {beta}")
-    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
+
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)  # beta log( pi / pi_ref )
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards)  # eq. (2)
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
@@ -156,88 +87,139 @@ def step_dpo_loss(
 # ------------------------------------------------------------------------------------------------- the policy
 
 
-class Head(nn.Linear):
+class Head(nn.Module):
     """The language-model head. Asked with targets it returns their log-probabilities, and no logits exist."""
 
+    def __init__(self, weight: nn.Parameter):  # (V, D)
+        super().__init__()
+        self.weight = weight
+
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
-        return super().forward(hidden) if targets is None else linear_logps(hidden, self.weight, targets)
+        if targets is None:
+            return F.linear(hidden, self.weight)  # (..., V)
+        return linear_logps(hidden, self.weight, targets)  # (T,)
 
 
 class Policy(nn.Module):
     """A causal language model that maps a packed batch to the log-probabilities of its trained tokens."""
 
-    def __init__(self, model: nn.Module, share_prefix: bool):
+    def __init__(self, model: nn.Module):
         super().__init__()
-        self.model, self.share_prefix = model, share_prefix
-        self.config = model.config.get_text_config()
-        self.name = type(model).__name__
-        if getattr(model, "_is_stateful", False):
-            raise InputError(f"{self.name} carries state from token to token, which packed rows "
-                             "would mix up: it is not supported")
-        for key in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "logits_scaling",
-                    "logit_scale", "lm_head_multiplier"):
-            if getattr(self.config, key, None) not in (None, 1):
-                raise InputError(
-                    f"{self.name} changes its logits ({key} = {getattr(self.config, key)}), which is "
-                    "not supported: what was trained would not be what the model computes")
-        head = model.get_output_embeddings()
-        if type(head) is not nn.Linear or head.bias is not None:
-            raise InputError(f"{self.name}: the head must be a linear layer without bias, got {head}")
-        head.__class__ = Head
+        refuse_unsupported(model)
+        model.set_output_embeddings(Head(model.get_output_embeddings().weight))
+        self.model, self.name = model, type(model).__name__
 
     def forward(self, batch: Batch) -> Tensor:
         """(T,) fp32: log-probabilities of the trained tokens, in nats."""
-        by_document = self.config._attn_implementation == "sdpa_by_document"
-        extra = {"documents": batch.document.bincount()} if by_document else {}
         hidden = self.model.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False,
-            attention_mask=self.attention_mask(batch), **extra).last_hidden_state  # (1, L, D)
+            segments=batch.segments,  # travels through the layers to `segment_attention`
+        ).last_hidden_state  # (1, L, D)
+
+        # Only the places that predict a trained token reach the head. It is called as a module, because FSDP
+        # gathers a module's weight for the time of its forward.
         return self.model.get_output_embeddings()(hidden[0, batch.predict_at], batch.targets)
 
     def plain_token_logps(self, ids: Tensor, trained: int) -> Tensor:
-        """(trained,) fp32: of the last tokens of one sequence (L,), by the model's own forward and logits."""
-        logits = self.model(ids[None], use_cache=False, logits_to_keep=trained + 1).logits[0, :-1]
+        """(trained,) fp32: of the last tokens of one sequence (L,), by nothing of ours: the model's own
+        forward and logits, and the library's attention."""
+        self.model.set_attn_implementation("sdpa")
+        try:
+            logits = self.model(ids[None], use_cache=False, logits_to_keep=trained + 1).logits[0, :-1]
+        finally:
+            self.model.set_attn_implementation("segments")
         return logits.float().log_softmax(-1).gather(1, ids[-trained:, None])[:, 0]
 
-    def attention_mask(self, batch: Batch) -> Any:
-        """The rule of `data.may_attend` in the form the model's attention takes (a dict if layers differ)."""
-        if not self.share_prefix:
-            return None  # transformers takes a position that starts again at 0 for a new document
-        window = getattr(self.config, "sliding_window", None)
-        layer_types = getattr(self.config, "layer_types", None)
-        if layer_types is None:  # like Mistral: a window, if there is one, is for all layers
-            return self._mask(batch, window)
-        if "sliding_attention" not in layer_types:
-            return self._mask(batch, None)
-        return {"full_attention": self._mask(batch, None), "sliding_attention": self._mask(batch, window)}
 
-    def _mask(self, batch: Batch, window: int | None) -> Any:
-        rule, length, device = data.may_attend(batch, window), batch.input_ids.size(1), batch.input_ids.device
-        if self.config._attn_implementation == "flex_attention":
-            from torch.nn.attention.flex_attention import create_block_mask
-            return create_block_mask(rule, 1, None, length, length, device=device)
-        index = torch.arange(length, device=device)
-        return rule(0, 0, index[:, None], index[None, :])[None, None]  # (1, 1, L, L), True = attend
+def refuse_unsupported(model: nn.Module) -> None:
+    """Raise InputError for a model that would be trained as something else than it computes."""
+    name, config = type(model).__name__, model.config.get_text_config()
+    if getattr(model, "_is_stateful", False):
+        raise InputError(f"{name} carries state from token to token, which packed rows would mix up: "
+                         "it is not supported")
+
+    for key in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "logits_scaling",
+                "logit_scale", "lm_head_multiplier"):
+        if getattr(config, key, None) not in (None, 1):
+            raise InputError(f"{name} changes its logits ({key} = {getattr(config, key)}), which is not "
+                             "supported: what was trained would not be what the model computes")
+
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None:
+        raise InputError(f"{name}: the head must be a linear layer without bias, got {head}")
 
 
-@torch.compiler.disable  # or it would compile anew for other lengths
-def sdpa_by_document(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
-                     documents: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, None]:
-    """transformers' "sdpa" in each document of a row by itself; `documents` has their lengths.
+@torch.compiler.disable  # segments have other lengths in every row, and each would be compiled anew
+def segment_attention(
+    module: nn.Module,
+    query: Tensor,  # (1, H, L, d)
+    key: Tensor,    # (1, H', L, d), where H is a multiple of H'
+    value: Tensor,
+    attention_mask: None = None,
+    *,
+    segments: Segments,
+    scaling: float | None = None,
+    sliding_window: int | None = None,  # a token sees so many tokens, itself included; None: all before it
+    **others: Any,
+) -> tuple[Tensor, None]:  # (1, L, H, d)
+    """Attention of a packed row: causal in each segment, whose keys are its prefix's and then its own.
 
-    query, key, value (1, heads, L, head size), mask (1, 1, L, L), True = attend -> (1, L, heads, head size).
-    Over whole rows it took a quarter of a step on a CPU, because sdpa computes what a mask hides.
+    The n queries of a segment are the last n of its m keys' tokens, so this is plain causal attention aligned
+    at the lower right. No mask of the row is made: one would cost what it hides.
     """
-    outputs, end = [], 0
-    for length in [query.shape[2]] if documents is None else documents.tolist():
-        here = slice(end, end := end + length)
-        outputs.append(sdpa_attention_forward(module, query[:, :, here], key[:, :, here], value[:, :, here],
-                                              None if mask is None else mask[..., here, here], **kwargs)[0])
-    return torch.cat(outputs, dim=1), None
+    for name in ("softcap", "s_aux", "position_bias"):
+        if others.get(name) is not None:
+            raise InputError(f"{type(module).__name__} attends with {name}, which is not supported: only "
+                             "causal attention and sliding windows are")
+
+    key = key.index_select(2, segments.key_index)  # (1, H', K, d)
+    value = value.index_select(2, segments.key_index)
+    if query.is_cuda and query.dtype != torch.float32:  # FlashAttention takes 16 bits only
+        return flash_attention(query, key, value, segments, scaling, sliding_window), None
+
+    outputs = []
+    for q, k, v in zip(query.split(segments.query_lengths, 2), key.split(segments.key_lengths, 2),
+                       value.split(segments.key_lengths, 2), strict=True):
+        n, m = q.shape[2], k.shape[2]
+        mask = None
+        if n < m or (sliding_window is not None and sliding_window < m):
+            mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
+            if sliding_window is not None:
+                mask = mask.triu(m - n - sliding_window + 1)
+        outputs.append(F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=True))
+    return torch.cat(outputs, 2).transpose(1, 2), None
 
 
-AttentionInterface.register("sdpa_by_document", sdpa_by_document)
-AttentionMaskInterface.register("sdpa_by_document", sdpa_mask)
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None,
+                    sliding_window: int | None) -> Tensor:
+    """The same in one call: query (1, H, L, d), key and value gathered, (1, H', K, d) -> (1, L, H, d)."""
+    from torch.nn.attention.varlen import varlen_attn
+    # FlashAttention shares key heads by itself. torch 2.11 has no argument for it, and no check of heads.
+    options = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__kwdefaults__ else {}
+    return varlen_attn(
+        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1),
+        segments.query_offsets, segments.key_offsets, max(segments.query_lengths), max(segments.key_lengths),
+        scale=scaling, window_size=(-1 if sliding_window is None else sliding_window - 1, 0), **options)[None]
+
+
+transformers.AttentionInterface.register("segments", segment_attention)
+transformers.AttentionMaskInterface.register("segments", lambda *args, **kwargs: None)
+
+
+# --------------------------------------------------------------------------- from pairs to log-probabilities
+
+
+def micro_batches(pairs: Sequence[Pair], indices: Sequence[int], config: Config,
+                  desc: str | None = None) -> Iterator[tuple[list[int], Batch]]:
+    """This rank's micro-batches of one global batch, with their pairs' indices: as many as on other ranks."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    lengths = [pairs[i].tokens(config.share_prefix) for i in indices]
+    plan = data.split(lengths, ranks, config.tokens_per_micro_batch)
+
+    for shares in tqdm(plan, desc=desc, unit="batch", disable=desc is None or rank != 0, leave=False):
+        here = [int(indices[j]) for j in shares[rank]]
+        yield here, data.pack([pairs[i] for i in here], config.share_prefix).to(local_device())
 
 
 def step_logps(token_logps: Tensor, batch: Batch) -> Tensor:
@@ -245,68 +227,379 @@ def step_logps(token_logps: Tensor, batch: Batch) -> Tensor:
     return token_logps.new_zeros(2 * batch.pairs).index_add(0, batch.sequence, token_logps).view(2, -1)
 
 
+@torch.no_grad()
+def all_logps(policy: Policy, pairs: Sequence[Pair], config: Config, desc: str) -> Tensor:
+    """(2, N) fp32 on every rank: log-probabilities of the chosen and rejected steps of all pairs, in nats."""
+    logps = torch.zeros(2, len(pairs), device=local_device())
+    for here, batch in micro_batches(pairs, range(len(pairs)), config, desc):
+        logps[:, here] = step_logps(policy(batch), batch)
+    dist.all_reduce(logps)  # each pair was filled in by one rank
+    return logps
+
+
+# ----------------------------------------------------------------------------------------------- the training
+
+
+def train_step(
+    step: int,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    pairs: Sequence[Pair],
+    indices: Sequence[int],  # of the pairs of this global batch
+    reference: Tensor,       # (2, N) log-probabilities of all pairs under the reference
+    config: Config,
+) -> dict[str, float]:
+    """One optimizer step. Returns its metrics, averaged over the global batch. Collective.
+
+    Raises InputError, and leaves the model as it was, if the loss or the gradient is not finite.
+    """
+    began = time.perf_counter()
+    zero = partial(torch.zeros, (), dtype=torch.float64, device=local_device())
+    sums: dict[str, Tensor] = defaultdict(zero)
+
+    for here, batch in micro_batches(pairs, indices, config):
+        chosen, rejected = step_logps(policy(batch), batch)
+        reference_chosen, reference_rejected = reference[:, here]
+        losses, chosen_rewards, rejected_rewards = step_dpo_loss(
+            chosen, rejected, reference_chosen, reference_rejected, config.beta)
+
+        # The mean over the global batch, however many ranks and micro-batches it is cut into. FSDP averages
+        # gradients over the ranks, and what is wanted is their sum.
+        loss = losses.sum() / len(indices)
+        (loss * dist.get_world_size()).backward()
+
+        for name, value in metric_sums(losses, chosen_rewards, rejected_rewards, chosen, rejected).items():
+            sums[name] += value
+        sums["tokens"] += batch.input_ids.numel()
+
+    totals = sum_over_ranks(sums)
+    tokens = totals.pop("tokens")
+    metrics = {name: total / len(indices) for name, total in totals.items()}
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).full_tensor().item()
+    if not (math.isfinite(metrics["loss"]) and math.isfinite(norm)):
+        some = ", ".join(pairs[i].where for i in indices[:5])
+        raise InputError(f"step {step}: loss {metrics['loss']}, gradient norm {norm}; nothing was updated. "
+                         f"Try a lower --learning-rate; the pairs: {some} ...")
+
+    optimizer.step()
+    optimizer.zero_grad()
+    seconds = time.perf_counter() - began
+    metrics |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"],
+                "tokens_per_second": tokens / seconds, "pairs_per_second": len(indices) / seconds}
+    if local_device().type == "cuda":
+        metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return metrics
+
+
+def metric_sums(losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor, chosen_logps: Tensor,
+                rejected_logps: Tensor) -> dict[str, Tensor]:
+    """Sums over (B,) pairs in fp64, under the names that TRL uses, so that plots overlay."""
+    per_pair = {
+        "loss": losses,
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/margins": chosen_rewards - rejected_rewards,
+        "rewards/accuracies": chosen_rewards > rejected_rewards,
+        "logps/chosen": chosen_logps,
+        "logps/rejected": rejected_logps,
+    }
+    return {name: values.detach().double().sum() for name, values in per_pair.items()}
+
+
+def sum_over_ranks(sums: dict[str, Tensor]) -> dict[str, float]:
+    """All sums in one message, and in one copy from the device."""
+    stacked = torch.stack(list(sums.values()))
+    dist.all_reduce(stacked)
+    return dict(zip(sums, stacked.tolist(), strict=True))
+
+
+def learning_rate(step: int, steps: int, config: Config) -> float:
+    """Linear warm-up, then cosine to 0. Unlike in Hugging Face's schedule the first step's rate is not 0."""
+    warmup = math.ceil(config.warmup_ratio * steps - 1e-9)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / (warmup + 1)
+    return config.learning_rate * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
+
+
+def evaluate(step: int, policy: Policy, held_out: Sequence[Pair], reference: Tensor, config: Config) -> None:
+    """Log and print the metrics of the held-out pairs, if there are any (figure 2 of the paper)."""
+    if not held_out:
+        return
+    chosen, rejected = all_logps(policy, held_out, config, "evaluating")
+    losses, chosen_rewards, rejected_rewards = step_dpo_loss(chosen, rejected, *reference, config.beta)
+    sums = metric_sums(losses, chosen_rewards, rejected_rewards, chosen, rejected)
+    means = {name: total.item() / len(held_out) for name, total in sums.items()}
+    log(config, {"step": step, **{f"eval/{name}": mean for name, mean in means.items()}})
+
+    # Before the first step policy and reference are the same, so that no reward is the larger one.
+    undefined = step == 0 and not config.reference
+    accuracy = "-" if undefined else f"{means['rewards/accuracies']:.1%}"
+    print0(f"step {step:4d}   held-out loss {means['loss']:.4f}, margin {means['rewards/margins']:+.4f}, "
+           f"accuracy {accuracy}")
+
+
+def train(config: Config) -> None:
+    """The whole run: read, self-check, reference pass, optimizer steps, export. Collective."""
+    start_processes()
+    if is_finished(config):
+        return
+    folder = resolve(config.model)
+    tokenizer = data.read_tokenizer(folder)
+    pairs = read_pairs("training", config.data, tokenizer, config)
+    held_out = read_pairs("held-out", config.eval_data, tokenizer, config)
+    config = fill_defaults(config, pairs + held_out)
+    plan = data.schedule(len(pairs), config.batch_size, config.epochs, config.seed)
+    plan = plan[:config.max_steps or len(plan)]
+
+    policy, reference, held_out_reference = reference_pass(folder, pairs, held_out, plan, tokenizer, config)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
+    first = start_or_resume(policy, optimizer, folder, pairs, plan, config)
+    stop_asked = notice_sigterm()
+    began = time.perf_counter()
+
+    quiet = dist.get_rank() > 0
+    with tqdm(total=len(plan), initial=first, desc="training", unit="step", disable=quiet) as bar:
+        for step in range(first, len(plan)):
+            if step % config.eval_every == 0:
+                evaluate(step, policy, held_out, held_out_reference, config)
+            optimizer.param_groups[0]["lr"] = learning_rate(step, len(plan), config)
+            metrics = train_step(step, policy, optimizer, pairs, plan[step], reference, config)
+            log(config, {"step": step, **metrics})
+            bar.set_postfix_str(f"loss {metrics['loss']:.4f}, margin {metrics['rewards/margins']:+.4f}, "
+                                f"{metrics['pairs_per_second']:.1f} pairs/s", refresh=False)
+            bar.update()
+            save_if_due(policy, optimizer, step + 1, len(plan), stop_asked, config)
+
+    export(policy, folder, os.path.join(config.output_dir, "model"))
+    evaluate(len(plan), policy, held_out, held_out_reference, config)
+    minutes, seen = (time.perf_counter() - began) / 60, sum(len(indices) for indices in plan[first:])
+    print0(f"finished    {len(plan) - first} optimizer steps, {seen:,} pairs in {minutes:.1f} min",
+           f"            metrics in {config.output_dir}/metrics.jsonl, model in {config.output_dir}/model")
+
+
+# ---------------------------------------------------------------------------- before the first optimizer step
+
+
+def read_pairs(name: str, source: str | None, tokenizer: Any, config: Config) -> list[Pair]:
+    """The pairs in a file, none if there is no file. Says how many are too long."""
+    if not source:
+        return []
+    pairs, dropped = data.encode(data.read_rows(source), tokenizer, config.template, config.instruction,
+                                 config.span, config.max_length)
+    hint = f"; raise that to keep them (first: {', '.join(dropped[:3])})" if dropped else ""
+    print0(f"{name:11s} {len(pairs):,} pairs, {len(dropped):,} dropped as longer than --max-length "
+           f"{config.max_length}{hint}")
+    return pairs
+
+
+def fill_defaults(config: Config, pairs: list[Pair]) -> Config:
+    """With the defaults that depend on the device. Raises InputError if a pair exceeds the micro-batch."""
+    cuda = local_device().type == "cuda"
+    longest = max(pairs, key=lambda pair: pair.tokens(config.share_prefix))
+    needed = longest.tokens(config.share_prefix)
+
+    config = Config(**vars(config))
+    config.dtype = config.dtype or ("bfloat16" if cuda else "float32")
+    config.tokens_per_micro_batch = config.tokens_per_micro_batch or max(needed, 4096 if cuda else 1024)
+    if config.activation_checkpointing is None:
+        config.activation_checkpointing = cuda
+    if needed > config.tokens_per_micro_batch:
+        raise InputError(f"{longest.where}: takes {needed} tokens, more than --tokens-per-micro-batch "
+                         f"{config.tokens_per_micro_batch}; raise that or lower --max-length")
+    return config
+
+
+def reference_pass(folder: str, pairs: list[Pair], held_out: list[Pair], plan: list, tokenizer: Any,
+                   config: Config) -> tuple[Policy, Tensor, Tensor]:
+    """The policy, checked, and the reference log-probabilities of training and held-out pairs, (2, N) each.
+
+    The reference is the model before training, so the policy itself computes them; nothing else is kept of
+    it. With --reference another model does, which is then put away.
+    """
+    reference_folder = resolve(config.reference) if config.reference else folder
+    if config.reference and data.read_tokenizer(reference_folder).get_vocab() != tokenizer.get_vocab():
+        raise InputError(f"--reference {config.reference}: its vocabulary is not that of {config.model}")
+
+    policy = build(reference_folder, config)
+    embeddings = policy.model.get_input_embeddings().num_embeddings
+    for pair in pairs + held_out:
+        largest = max(pair.prefix + pair.chosen + pair.rejected)
+        if largest >= embeddings:
+            raise InputError(f"{pair.where}: has token {largest}, but {config.model} has {embeddings} "
+                             "embeddings; its tokenizer belongs to another model")
+
+    describe(policy, pairs, plan, tokenizer, config)
+    self_check(policy, pairs, config)
+    reference = reference_logps(policy, reference_folder, "training", pairs, config)
+    held_out_reference = reference_logps(policy, reference_folder, "held-out", held_out, config)
+
+    if config.reference:
+        del policy
+        gc.collect()  # sharded layers stand in reference cycles, and two models may not fit
+        policy = build(folder, config)
+        self_check(policy, pairs, config)
+    return policy, reference, held_out_reference
+
+
+def describe(policy: Policy, pairs: list[Pair], plan: list, tokenizer: Any, config: Config) -> None:
+    """Say what will happen, so that a wrong template is seen before hours are spent."""
+    parameters = sum(parameter.numel() for parameter in policy.parameters())
+    prefix, chosen, rejected = (sum(len(pair[i]) for pair in pairs) / len(pairs) for i in range(3))
+    saved = prefix / (2 * prefix + chosen + rejected)
+    saves = "saves" if config.share_prefix else "would save"
+    print0(f"model       {config.model}: {policy.name}, {parameters / 1e6:,.1f}M parameters",
+           f"processes   {dist.get_world_size()} x {device_name()}, compute in {config.dtype}, "
+           "master weights in float32",
+           f"lengths     prefix {prefix:.0f}, chosen {chosen:.0f}, rejected {rejected:.0f} tokens on "
+           f"average; sharing the prefix {saves} {saved:.0%} of all tokens",
+           f"steps       {len(plan)} optimizer steps of about {len(plan[0])} pairs, "
+           f"{config.tokens_per_micro_batch} tokens per micro-batch",
+           f"example     {pairs[0].where}, the trained tokens in [[...]]:",
+           *(f"    | {line}" for line in data.marked_text(pairs[0], tokenizer).splitlines()))
+
+
+@torch.no_grad()
+def self_check(policy: Policy, pairs: Sequence[Pair], config: Config) -> None:
+    """Packed log-probabilities of two pairs against the model's own on their four plain sequences.
+
+    Attention that ignores the segments would otherwise be silent. Raises InputError if the mean difference
+    of one of the four is more than rounding, in nats per token.
+    """
+    by_length = sorted(pairs, key=lambda pair: pair.tokens(config.share_prefix))
+    sample = [by_length[-1], by_length[0]]  # the longest meets every window; two show that pairs are separate
+    packed = policy(data.pack(sample, config.share_prefix).to(local_device()))  # (T,)
+
+    differences = []
+    for pair in sample:
+        for step in (pair.chosen, pair.rejected):
+            ours, packed = packed[:len(step)], packed[len(step):]
+            sequence = torch.tensor(pair.prefix + step, device=local_device())
+            plain = policy.plain_token_logps(sequence, len(step))
+            differences.append((ours - plain).abs().mean())
+    worst = torch.stack(differences).max().item()  # NaN if one is
+
+    allowed = 1e-3 if config.dtype == "float32" else 0.1  # bf16 logits alone are off by 0.02-0.04
+    if not worst <= allowed:
+        remedy = "use --no-share-prefix" if config.share_prefix else "this model cannot be trained here"
+        raise InputError(f"{policy.name}: packed log-probabilities differ from plain ones by {worst:.2g} "
+                         f"nats per token (allowed: {allowed:g}), so its attention does not keep to the "
+                         f"segments of a packed row; {remedy}")
+    print0(f"self-check  packed and plain log-probabilities differ by {worst:.1e} nats per token")
+
+
+def reference_logps(policy: Policy, folder: str, name: str, pairs: Sequence[Pair], config: Config) -> Tensor:
+    """(2, N) log-probabilities under the reference, computed as the policy's are, or from the cache.
+
+    The cache ($STEPDPO_CACHE, by default ~/.cache/stepdpo) is keyed by a hash of the model's files, the token
+    ids (so of data, template, span and tokenizer) and what changes the arithmetic.
+    """
+    if not pairs:
+        return torch.empty(2, 0)
+    files = sorted(set(weight_files(folder).values()))
+    written = [os.stat(os.path.join(folder, file)).st_mtime_ns for file in files]
+    key = data.content_key(
+        data.model_identity(folder), str(written), data.fingerprint(pairs), config.dtype,
+        str(config.share_prefix), local_device().type, torch.__version__, transformers.__version__)
+    cache = os.environ.get("STEPDPO_CACHE") or os.path.expanduser("~/.cache/stepdpo")
+    path = os.path.join(cache, f"{key}.safetensors")
+
+    is_reader = dist.get_rank() == 0  # rank 0 alone reads and writes: other nodes may have other disks
+    found = [load_file(path)["logps"] if is_reader and os.path.exists(path) else None]
+    dist.broadcast_object_list(found)
+    if found[0] is not None:
+        print0(f"reference   log-probabilities of {name} pairs read from {path}")
+        return found[0].to(local_device())
+
+    logps = all_logps(policy, pairs, config, f"reference ({name})")
+    if is_reader:
+        os.makedirs(cache, exist_ok=True)
+        save_file({"logps": logps.cpu()}, f"{path}.{os.getpid()}")
+        os.replace(f"{path}.{os.getpid()}", path)
+    print0(f"reference   log-probabilities of {name} pairs computed, kept in {path}")
+    return logps
+
+
 # --------------------------------------------------------------------- building, sharding, loading, exporting
 
 
-def build(path: str, config: Config, device: torch.device) -> Policy:
-    """The model in folder `path`, sharded over all ranks, in eval mode: training has no dropout either."""
-    attention = "flex_attention" if device.type == "cuda" else "sdpa_by_document"
-    hf_config = pretrained(AutoConfig, path)
-    with parameters_on_meta(), reading(path):
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32,
-                                                 attn_implementation=attention)
-    policy = Policy(model, config.share_prefix).eval()
-    shard(policy, config, device)
-    with reading(path):
-        load(policy, path)
-    return policy
+def resolve(name: str) -> str:
+    """A local folder, or the hub model of that name brought to this machine."""
+    if os.path.isdir(name):
+        return name
+    from huggingface_hub import snapshot_download
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            snapshot_download(name, allow_patterns=wanted)
+        dist.barrier()
+        return snapshot_download(name, allow_patterns=wanted, local_files_only=True)
+    except Exception as error:  # the hub's client has a large family of errors of its own
+        raise InputError(f"{name}: no such folder, and not to be had from the hub ({error})") from None
 
 
 @contextmanager
-def reading(path: str) -> Iterator[None]:
+def reading(folder: str) -> Iterator[None]:
     """Turns what the libraries say about a bad model folder into an error that names the folder."""
     try:
         yield
     except InputError:
         raise
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{folder}: {error}") from None
 
 
-def pretrained(kind: Any, path: str) -> Any:
-    with reading(path):
-        return kind.from_pretrained(path)
+def build(folder: str, config: Config) -> Policy:
+    """The model in a folder, sharded over all ranks, in eval mode: training has no dropout either.
+
+    It is built on the meta device, where parameters take no memory, then sharded, and only then do the shards
+    get memory and numbers: no rank ever holds the whole model.
+    """
+    with reading(folder), torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.from_pretrained(folder), dtype=torch.float32,
+            attn_implementation="segments")
+    policy = Policy(model).eval()
+    compute_buffers(model)
+    shard(policy, config)
+    with reading(folder):
+        load(policy, folder)
+    return policy
 
 
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Parameters get no memory; buffers (rotary frequencies, in no checkpoint) are computed as always."""
-    register = nn.Module.register_parameter
+def compute_buffers(model: nn.Module) -> None:
+    """Give rotary frequencies and the like, which stand in no checkpoint, their numbers.
 
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        tied = parameter is None or parameter.is_meta  # registered before: it must stay the same object
-        register(module, name, parameter if tied else nn.Parameter(parameter.to("meta")))
+    The model's own initialisation computes them. Raises InputError for one that it leaves as it was.
+    """
+    for path, module in model.named_modules():
+        names = [name for name, buffer in module._buffers.items() if buffer is not None]
+        for name in names:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device=local_device())
+        if names:
+            model._init_weights(module)
 
-    nn.Module.register_parameter = register_on_meta
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
+        for name in module._non_persistent_buffers_set.intersection(names):
+            if module._buffers[name]._version == 0:  # nothing was written into it
+                raise InputError(f"{type(model).__name__} is not supported: its buffer {path}.{name} is in "
+                                 "no checkpoint, and the model's initialisation does not compute it")
 
 
-def shard(policy: Policy, config: Config, device: torch.device) -> None:
+def shard(policy: Policy, config: Config) -> None:
     """FSDP2: each decoder layer is gathered while it runs; untied embedding and head too; then the rest."""
-    model = policy.model
+    model, device = policy.model, local_device()
     layers = [module for module in model.modules()
               if type(module).__name__ in (model._no_split_modules or ())]
     if not layers:
         raise InputError(f"{policy.name} does not name its decoder layers (_no_split_modules): "
                          "it cannot be sharded")
+
+    offload = fsdp.CPUOffloadPolicy(pin_memory=device.type == "cuda")
     wrap = partial(
-        fully_shard,
+        fsdp.fully_shard,
         mesh=init_device_mesh(device.type, (dist.get_world_size(),)),
-        mp_policy=MixedPrecisionPolicy(param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32),
-        offload_policy=CPUOffloadPolicy(device.type == "cuda") if config.offload else OffloadPolicy(),
+        mp_policy=fsdp.MixedPrecisionPolicy(getattr(torch, config.dtype), reduce_dtype=torch.float32),
+        offload_policy=offload if config.offload else fsdp.OffloadPolicy(),
     )
     for layer in layers:
         if config.compile:
@@ -320,401 +613,197 @@ def shard(policy: Policy, config: Config, device: torch.device) -> None:
         wrap(embedding)
         wrap(head)
     wrap(policy, reshard_after_forward=True)  # else passes without gradients leave gathered parameters behind
+    fsdp.register_fsdp_forward_method(policy, "plain_token_logps")
+
+    # Memory for the shards. Not `to_empty`, which would empty the buffers too.
     home = torch.device("cpu") if config.offload else device
     policy._apply(lambda tensor: torch.empty_like(tensor, device=home) if tensor.is_meta else tensor)
     if tied:
         head.weight = embedding.weight  # _apply has made two of one
-    register_fsdp_forward_method(policy, "plain_token_logps")
 
 
-def weight_files(path: str) -> dict[str, str]:
-    """Tensor name -> safetensors file, of the model in folder `path`."""
-    index = os.path.join(path, "model.safetensors.index.json")
-    single = os.path.join(path, "model.safetensors")
+def weight_files(folder: str) -> dict[str, str]:
+    """Tensor name -> the safetensors file that holds it, as a path inside the model folder."""
+    single, index = f"{folder}/model.safetensors", f"{folder}/model.safetensors.index.json"
     if os.path.exists(index):
-        with open(index) as file:
-            return {name: os.path.join(path, part) for name, part in json.load(file)["weight_map"].items()}
+        files = data.parse_json(index, data.read_bytes(index))["weight_map"]
+        for file in set(files.values()):
+            if os.path.isabs(file) or os.pardir in file.split("/"):
+                raise InputError(f"{index}: {file!r} must be a file inside that folder")
+        return files
     if not os.path.exists(single):
-        raise InputError(f"{path}: has no model.safetensors(.index.json); "
+        raise InputError(f"{folder}: has no model.safetensors(.index.json); "
                          "only safetensors weights are loaded")
     with safe_open(single, "pt") as file:
-        return dict.fromkeys(file.keys(), single)
+        return dict.fromkeys(file.keys(), "model.safetensors")
 
 
 @torch.no_grad()
-def load(policy: Policy, path: str) -> None:
-    """Fill the shards: each rank reads only its own rows of each tensor.
+def load(policy: Policy, folder: str) -> None:
+    """Fill the shards: each rank reads only its own rows of each tensor, and opens each file once.
 
     Raises InputError if the tensors in the folder are not, one to one, those of the model.
     """
-    files, tensors = weight_files(path), policy.model.state_dict(keep_vars=True)
+    files, tensors = weight_files(folder), policy.model.state_dict(keep_vars=True)
     filled = {tensor for name, tensor in tensors.items() if name in files}  # tied: stored once or twice
     missing = [name for name, tensor in tensors.items() if tensor not in filled]
     unknown = [name for name in files if name not in tensors and not name.endswith("inv_freq")]  # recomputed
     if missing or unknown:
-        raise InputError(f"{path}: its tensors are not one to one those of {policy.name}, which is not "
+        raise InputError(f"{folder}: its tensors are not one to one those of {policy.name}, which is not "
                          f"supported (missing: {missing[:3]}, left over: {unknown[:3]})")
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    for name in tqdm(tensors.keys() & files, desc="loading", unit="tensor", disable=rank != 0, leave=False):
-        with safe_open(files[name], "pt") as file:
-            tensor, rows = tensors[name], file.get_slice(name)
-            if rows.get_shape() != list(tensor.shape):
-                raise InputError(f"{files[name]}: {name} must be {[*tensor.shape]}, got {rows.get_shape()}")
-            if isinstance(tensor, DTensor):
-                chunk = -(-len(tensor) // ranks)  # FSDP cuts dimension 0 like torch.chunk
-                tensor.to_local().copy_(rows[min(rank * chunk, len(tensor)):(rank + 1) * chunk])
-            else:
-                tensor.copy_(rows[...])
+
+    names = sorted(tensors.keys() & files.keys(), key=lambda name: (files[name], name))
+    bar = tqdm(names, desc="loading", unit="tensor", disable=dist.get_rank() > 0, leave=False)
+    for path, names_in_file in itertools.groupby(bar, key=files.get):
+        with safe_open(os.path.join(folder, path), "pt") as file:
+            for name in names_in_file:
+                tensor, stored = tensors[name], file.get_slice(name)
+                if stored.get_shape() != list(tensor.shape):
+                    raise InputError(f"{folder}/{path}: {name} must be {[*tensor.shape]}, "
+                                     f"got {stored.get_shape()}")
+                if isinstance(tensor, DTensor):
+                    rows = math.ceil(len(tensor) / dist.get_world_size())  # FSDP cuts rows like torch.chunk
+                    start = min(dist.get_rank() * rows, len(tensor))
+                    tensor.to_local().copy_(stored[start:start + rows])
+                else:
+                    tensor.copy_(stored[...])
 
 
 @torch.no_grad()
-def export(policy: Policy, source: str, path: str) -> None:
+def export(policy: Policy, source: str, folder: str) -> None:
     """Write the folder `source` again with the trained numbers in it: same files, names and dtypes, so
     whatever loads one loads the other. Complete or absent, never half."""
     files, tensors = weight_files(source), policy.model.state_dict()
-    writer, new = dist.get_rank() == 0, path + ".tmp"
-    if writer:
-        shutil.rmtree(new, ignore_errors=True)
-        os.makedirs(new)
+    is_writer, unfinished = dist.get_rank() == 0, folder + ".tmp"
+    if is_writer:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        os.makedirs(unfinished)
         for name in os.listdir(source):  # configuration, tokenizer, chat template: byte for byte
             if name.endswith((".json", ".jinja", ".txt", ".model")):
-                shutil.copy(os.path.join(source, name), new)
-    parts = sorted(set(files.values()))
-    for part in tqdm(parts, desc="exporting", unit="file", disable=not writer, leave=False):
-        whole = {}
-        with safe_open(part, "pt") as before:
-            for name in sorted(name for name in files if files[name] == part):
+                shutil.copy(os.path.join(source, name), unfinished)
+
+    paths = sorted(set(files.values()))
+    for path in tqdm(paths, desc="exporting", unit="file", disable=not is_writer, leave=False):
+        trained = {}
+        with safe_open(os.path.join(source, path), "pt") as before:
+            for name in sorted(name for name in files if files[name] == path):
                 if name not in tensors:
-                    whole[name] = before.get_tensor(name)
+                    trained[name] = before.get_tensor(name)
                     continue
-                full = tensors[name].full_tensor() if isinstance(tensors[name], DTensor) else tensors[name]
-                if writer:  # the other ranks only take part in the gathering
-                    whole[name] = full.to("cpu", before.get_slice(name)[:0].dtype, copy=True)
-        if writer:
-            target = os.path.join(new, os.path.basename(part))
-            save_file(whole, target, metadata={"format": "pt"})
-            shutil.copymode(part, target)  # safetensors writes files that only their owner can read
-    if writer:
-        shutil.rmtree(path, ignore_errors=True)
-        os.rename(new, path)
+                # Gathered by all ranks together; only one keeps it.
+                whole = tensors[name].full_tensor() if isinstance(tensors[name], DTensor) else tensors[name]
+                if is_writer:
+                    trained[name] = whole.to("cpu", before.get_slice(name)[:0].dtype, copy=True)
+        if is_writer:
+            target = os.path.join(unfinished, path)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            save_file(trained, target, metadata={"format": "pt"})
+            shutil.copymode(os.path.join(source, path), target)  # safetensors lets only the owner read
+
+    if is_writer:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(unfinished, folder)
     dist.barrier()
-
-
-def resolve(name: str) -> str:
-    """A local folder, or the hub model of that name brought to this machine."""
-    if os.path.isdir(name):
-        return name
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        raise InputError(f"{name}: no such folder (a hub model is called owner/name)")
-    from huggingface_hub import snapshot_download
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    try:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            snapshot_download(name, allow_patterns=wanted)
-        dist.barrier()
-        return snapshot_download(name, allow_patterns=wanted, local_files_only=True)
-    except Exception as error:  # the hub's client has a large family of errors of its own
-        raise InputError(f"{name}: not a folder here, and not to be had from the hub ({error})") from None
-
-
-# ---------------------------------------------------------------------------- log-probabilities of many pairs
-
-
-def micro_batches(pairs: Sequence[Pair], indices: Sequence[int], config: Config, device: torch.device,
-                  desc: str | None = None) -> Iterator[tuple[list[int], Batch]]:
-    """This rank's micro-batches of one global batch, with their pairs' indices: as many as on other ranks.
-
-    On CUDA rows are padded to multiples of 1/8 of the budget: each new length compiles the attention again.
-    """
-    lengths = [pairs[i].tokens(config.share_prefix) for i in indices]
-    multiple = -(-config.tokens_per_micro_batch // 1024) * 128 if device.type == "cuda" else 1
-    plan = data.split(lengths, dist.get_world_size(), config.tokens_per_micro_batch)
-    quiet = desc is None or dist.get_rank() != 0
-    for ranks in tqdm(plan, desc=desc, unit="batch", disable=quiet, leave=False):
-        mine = [int(indices[j]) for j in ranks[dist.get_rank()]]
-        yield mine, data.pack([pairs[i] for i in mine], config.share_prefix, multiple).to(device)
-
-
-@torch.no_grad()
-def all_logps(policy: Policy, pairs: Sequence[Pair], config: Config, device: torch.device,
-              desc: str) -> Tensor:
-    """(2, N) fp32 on every rank: log-probabilities of the chosen and rejected steps of all pairs, in nats."""
-    logps = torch.zeros(2, len(pairs), device=device)
-    for mine, batch in micro_batches(pairs, range(len(pairs)), config, device, desc):
-        logps[:, mine] = step_logps(policy(batch), batch)
-    dist.all_reduce(logps)  # each pair was filled in by one rank
-    return logps
-
-
-@torch.no_grad()
-def self_check(policy: Policy, pairs: Sequence[Pair], config: Config, device: torch.device) -> float:
-    """Packed log-probabilities of two pairs against the model's own logits on their four plain sequences.
-
-    A wrong mask is silent: `eager` attention adds a boolean mask to the scores, others ignore it. Returns the
-    largest of the four mean differences in nats per token; raises InputError if it is more than rounding.
-    """
-    order = sorted(pairs, key=lambda pair: pair.tokens(config.share_prefix))
-    sample = [order[-1], order[0]]  # the longest meets every window; a second shows that pairs are separate
-    packed = policy(data.pack(sample, config.share_prefix).to(device))
-    plain = [policy.plain_token_logps(torch.tensor(pair.prefix + step, device=device), len(step))
-             for pair in sample for step in (pair.chosen, pair.rejected)]
-    packed = packed.split([len(logps) for logps in plain])
-    difference = max((a - b).abs().mean().item() for a, b in zip(packed, plain, strict=True))
-    allowed = 1e-3 if config.dtype == "float32" else 0.1  # bf16 logits alone are off by 0.02-0.04
-    if not difference <= allowed:
-        raise InputError(
-            f"{policy.name} with {policy.config._attn_implementation} attention: packed log-probabilities "
-            f"differ from plain ones by {difference:.2g} nats per token (allowed: {allowed:g}), so it does "
-            "not follow the packed mask; "
-            + ("use --no-share-prefix" if config.share_prefix else "this model cannot be trained here"))
-    return difference
-
-
-def reference_logps(policy: Policy, path: str, name: str, pairs: Sequence[Pair], config: Config,
-                    device: torch.device) -> Tensor:
-    """(2, N) log-probabilities under the reference, computed as the policy's are, or from the cache.
-
-    The cache ($STEPDPO_CACHE, by default ~/.cache/stepdpo) is keyed by a hash of the model's files, the token
-    ids (so of data, template, span and tokenizer) and what changes the arithmetic.
-    """
-    times = [os.stat(file).st_mtime_ns for file in sorted(set(weight_files(path).values()))]
-    key = [data.model_identity(path), times, data.fingerprint(pairs), config.dtype, config.share_prefix,
-           device.type, torch.__version__, transformers.__version__]
-    folder = os.environ.get("STEPDPO_CACHE") or os.path.expanduser("~/.cache/stepdpo")
-    file = os.path.join(folder, hashlib.sha256(repr(key).encode()).hexdigest()[:32] + ".safetensors")
-    cached = [os.path.exists(file)]
-    dist.broadcast_object_list(cached)  # rank 0 decides: other nodes may have other disks
-    if not cached[0]:
-        logps = all_logps(policy, pairs, config, device, f"reference ({name})")
-        if dist.get_rank() == 0:
-            os.makedirs(folder, exist_ok=True)
-            save_file({"logps": logps.cpu()}, f"{file}.{os.getpid()}")
-            os.replace(f"{file}.{os.getpid()}", file)
-    elif dist.get_rank() == 0:
-        logps = load_file(file)["logps"].to(device)
-    else:
-        logps = torch.empty(2, len(pairs), device=device)
-    dist.broadcast(logps, 0)
-    say(f"reference   log-probabilities of {name} pairs "
-        f"{'read from' if cached[0] else 'computed, kept in'} {file}")
-    return logps
-
-
-# ----------------------------------------------------------------------------------------------- the training
-
-METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
-           "logps/chosen", "logps/rejected")
-
-
-def loss_and_metrics(logps: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """From (2, B) policy and reference logps: the summed loss, and the sums of METRICS, (7,) fp64."""
-    losses, chosen, rejected = step_dpo_loss(*logps, *reference, beta)
-    rows = [losses.detach(), chosen, rejected, chosen - rejected, (chosen > rejected).float(),
-            *logps.detach()]
-    return losses.sum(), torch.stack(rows).double().sum(1)
-
-
-def learning_rate(step: int, steps: int, config: Config) -> float:
-    """Linear warm-up, then cosine to 0. Unlike in Hugging Face's schedule the first step's rate is not 0."""
-    warmup = math.ceil(config.warmup_ratio * steps - 1e-9)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / (warmup + 1)
-    return config.learning_rate * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
-
-
-def train(config: Config) -> None:
-    """The whole run: read, load, self-check, reference logps, optimizer steps, export. Collective."""
-    device, out = start_processes(), config.output_dir
-    if os.path.isdir(os.path.join(out, "model")) and config.resume:
-        return say(f"finished    already: {os.path.join(out, 'model')}")
-    if os.path.exists(os.path.join(out, "metrics.jsonl")) and not config.resume:
-        raise InputError(f"{out}: already holds a run; continue it with --resume "
-                         "or choose another --output-dir")
-    if os.path.exists(out) and not os.path.isdir(out):
-        raise InputError(f"--output-dir {out}: is not a folder")
-    path = resolve(config.model)
-    tokenizer = pretrained(AutoTokenizer, path)
-    sets, dropped = {}, {}
-    for name, source in (("training", config.data), ("held-out", config.eval_data)):
-        if source:
-            sets[name], dropped[name] = data.encode(data.read_rows(source), tokenizer, config.template,
-                                                    config.instruction, config.span, config.max_length)
-    if config.test_problems:
-        data.read_problems(config.test_problems)  # what is wrong with them must not show only at the end
-    pairs = sets["training"]
-    config = complete(config, sets, device)
-    plan = data.schedule(len(pairs), config.batch_size, config.epochs, config.seed)
-    plan = plan[:config.max_steps or len(plan)]
-
-    reference_path = resolve(config.reference) if config.reference else path
-    if config.reference and pretrained(AutoTokenizer, reference_path).get_vocab() != tokenizer.get_vocab():
-        raise InputError(f"--reference {config.reference}: its vocabulary is not that of {config.model}")
-    policy = build(reference_path, config, device)
-    largest, where = max((max(map(max, pair[:3])), pair.where) for name in sets for pair in sets[name])
-    if largest >= policy.config.vocab_size:
-        raise InputError(f"{where}: has token {largest}, but {config.model} has {policy.config.vocab_size} "
-                         "embeddings; its tokenizer belongs to another model")
-    describe(policy, config, device, tokenizer, sets, dropped, plan)
-    say(f"self-check  packed and plain log-probabilities differ by "
-        f"{self_check(policy, pairs, config, device):.1e} nats per token")
-    reference = {name: reference_logps(policy, reference_path, name, sets[name], config, device)
-                 for name in sets}
-    if config.reference:
-        del policy
-        policy = build(path, config, device)
-        self_check(policy, pairs, config, device)
-    parameters = list(policy.parameters())
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
-    identity = {"config": dataclasses.asdict(config), "pairs": data.fingerprint(pairs),
-                "weights": data.model_identity(path)}
-    first = resume(policy, optimizer, identity, out) if config.resume else 0
-    if dist.get_rank() == 0:
-        os.makedirs(out, exist_ok=True)
-        versions = {module.__name__: module.__version__
-                    for module in (torch, triton, transformers, safetensors, numpy)}
-        record = {**identity, "optimizer_steps": len(plan), "processes": dist.get_world_size(),
-                  "device": kind(device), "versions": versions,
-                  "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        write_whole(os.path.join(out, "run.json"), json.dumps(record, indent=2) + "\n")
-
-    def evaluate(step: int) -> None:
-        if "held-out" in sets:
-            logps = all_logps(policy, sets["held-out"], config, device, "evaluating")
-            means = loss_and_metrics(logps, reference["held-out"], config.beta)[1] / logps.shape[1]
-            line = {"step": step, **{f"eval/{k}": v for k, v in zip(METRICS, means.tolist(), strict=True)}}
-            log(out, line)
-            say(f"step {step:4d}   held-out loss {line['eval/loss']:.4f}, "
-                f"margin {line['eval/rewards/margins']:+.4f}, accuracy {line['eval/rewards/accuracies']:.1%}")
-
-    stop_asked = []  # a preempted job is sent SIGTERM: finish the step, save, exit
-    default = signal.signal(signal.SIGTERM, lambda *_: stop_asked.append(True))
-    began = time.perf_counter()
-    bar = tqdm(total=len(plan), initial=first, desc="training", unit="step", disable=dist.get_rank() != 0)
-    for step in range(first, len(plan)):
-        if step % config.eval_every == 0:
-            evaluate(step)
-        step_began, indices = time.perf_counter(), plan[step]
-        sums = torch.zeros(len(METRICS) + 2, dtype=torch.float64, device=device)
-        for mine, batch in micro_batches(pairs, indices, config, device):
-            logps = step_logps(policy(batch), batch)
-            loss, metrics = loss_and_metrics(logps, reference["training"][:, mine], config.beta)
-            (loss * dist.get_world_size() / len(indices)).backward()  # FSDP takes the mean over ranks
-            sums[:-2] += metrics
-            sums[-2] += batch.tokens
-        sums[-1] = len(stop_asked)
-        dist.all_reduce(sums)
-        norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).full_tensor().item()
-        *totals, tokens, stop = sums.tolist()
-        means = [total / len(indices) for total in totals]
-        if not (math.isfinite(means[0]) and math.isfinite(norm)):
-            raise InputError(
-                f"step {step}: loss {means[0]}, gradient norm {norm}; nothing was updated. Try a lower "
-                f"--learning-rate; the pairs: {', '.join(pairs[i].where for i in indices[:5])} ...")
-        optimizer.param_groups[0]["lr"] = rate = learning_rate(step, len(plan), config)
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds = time.perf_counter() - step_began
-        line = {"step": step, **dict(zip(METRICS, means, strict=True)), "grad_norm": norm, "lr": rate,
-                "tokens_per_second": tokens / seconds, "pairs_per_second": len(indices) / seconds}
-        if device.type == "cuda":
-            line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        log(out, line)
-        bar.set_postfix_str(f"loss {line['loss']:.4f}, margin {line['rewards/margins']:+.4f}, "
-                            f"{line['pairs_per_second']:.1f} pairs/s", refresh=False)
-        bar.update()
-        done = step + 1
-        last = done == len(plan)  # with --save-every it is saved too: the export may find the disk full
-        if config.save_every and (last or done % config.save_every == 0) or stop and not last:
-            save(policy, optimizer, out, done)
-        if stop and not last:
-            bar.close()
-            say(f"stopped     after optimizer step {done} of {len(plan)}; "
-                "the same command with --resume continues")
-            sys.exit(128 + signal.SIGTERM)
-    bar.close()
-    export(policy, path, os.path.join(out, "model"))
-    evaluate(len(plan))
-    signal.signal(signal.SIGTERM, default)
-    minutes, seen = (time.perf_counter() - began) / 60, sum(map(len, plan[first:]))
-    say(f"finished    {len(plan) - first} optimizer steps, {seen:,} pairs in {minutes:.1f} min\n"
-        f"            metrics in {os.path.join(out, 'metrics.jsonl')}, model in {os.path.join(out, 'model')}")
-
-
-def report_accuracy(config: Config) -> None:
-    """Greedy accuracy on --test-problems before and after training. Collective; no model may be held."""
-    gc.collect()  # the wrapped layers of the trained one are in reference cycles
-    before = solved(resolve(config.model), "before", config)
-    after = solved(os.path.join(config.output_dir, "model"), "after", config)
-    points, low, high = (100 * x for x in paired_gain(before, after))
-    n = len(before)
-    say(f"accuracy    before {sum(before) / n:.1%}, after {sum(after) / n:.1%} on {n} held-out problems: "
-        f"{points:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}")
-
-
-def solved(model: str, when: str, config: Config) -> list[bool]:
-    """Whether each of --test-problems is answered rightly, greedily, in at most --max-length tokens."""
-    flags = {"model": model, "problems": config.test_problems, "template": config.template,
-             "instruction": config.instruction, "samples": 1, "temperature": 0, "dtype": config.dtype,
-             "max-new-tokens": config.max_length, "out": os.path.join(config.output_dir, f"{when}.jsonl")}
-    given = [f"--{name}={value}" for name, value in flags.items() if value is not None]
-    args = data.parse_arguments(["solve", *given])
-    say(f"{when:11s} {model} answers {config.test_problems}:")
-    return data.solve(args, data.Tools(args))
-
-
-def paired_gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
-    """Difference of two accuracies on the same problems and its 95% interval, paired by problem."""
-    n, changes = len(before), [a - b for a, b in zip(after, before, strict=True)]
-    middle = sum(changes) / n
-    spread = 1.96 * math.sqrt(sum((change - middle) ** 2 for change in changes)) / n
-    return middle, middle - spread, middle + spread
-
-
-def complete(config: Config, sets: dict[str, list[Pair]], device: torch.device) -> Config:
-    """Fill in the defaults that depend on the device. Raises InputError if a pair exceeds the micro-batch."""
-    cuda, every = device.type == "cuda", [pair for pairs in sets.values() for pair in pairs]
-    longest = max(every, key=lambda pair: pair.tokens(config.share_prefix))
-    needed = longest.tokens(config.share_prefix)
-    budget = config.tokens_per_micro_batch or max(needed, 4096 if cuda else 1024)
-    if needed > budget:
-        raise InputError(f"{longest.where}: takes {needed} tokens, more than --tokens-per-micro-batch "
-                         f"{budget}; raise that or lower --max-length")
-    dtype = config.dtype or ("bfloat16" if cuda else "float32")
-    keep_little = cuda if config.activation_checkpointing is None else config.activation_checkpointing
-    return dataclasses.replace(config, dtype=dtype, tokens_per_micro_batch=budget,
-                               activation_checkpointing=keep_little)
-
-
-def describe(policy: Policy, config: Config, device: torch.device, tokenizer: Any,
-             sets: dict[str, list[Pair]], dropped: dict[str, list[str]], plan: list) -> None:
-    """Say what will happen, so that a wrong template or lost data is seen before hours are spent."""
-    pairs = sets["training"]
-    mean = [sum(len(pair[k]) for pair in pairs) / len(pairs) for k in range(3)]
-    saved = 1 - sum(pair.tokens(True) for pair in pairs) / sum(pair.tokens(False) for pair in pairs)
-    parameters = sum(parameter.numel() for parameter in policy.parameters())
-    say(f"model       {config.model}: {policy.name}, {parameters / 1e6:,.1f}M parameters, "
-        f"{policy.config._attn_implementation} attention\n"
-        f"processes   {dist.get_world_size()} x {kind(device)}, compute in {config.dtype}, "
-        "master weights in float32")
-    for name in sets:
-        lost = dropped[name]
-        hint = f"; raise that to keep them (first: {', '.join(lost[:3])})" if lost else ""
-        say(f"{name:11s} {len(sets[name]):,} pairs, {len(lost):,} dropped as longer than --max-length "
-            f"{config.max_length}{hint}")
-    say(f"lengths     prefix {mean[0]:.0f}, chosen {mean[1]:.0f}, rejected {mean[2]:.0f} tokens in the mean; "
-        f"sharing the prefix {'saves' if config.share_prefix else 'would save'} {saved:.0%} of all tokens\n"
-        f"steps       {len(plan)} optimizer steps of about {len(plan[0])} pairs, "
-        f"{config.tokens_per_micro_batch} tokens per micro-batch\n"
-        f"example     {pairs[0].where}, the trained tokens in [[...]]:\n"
-        + "\n".join(f"    | {line}" for line in data.marked(pairs[0], tokenizer).splitlines()))
 
 
 # -------------------------------------------------------------------------------------- checkpoints and files
 
 
-def save(policy: Policy, optimizer: torch.optim.Optimizer, out: str, step: int) -> None:
-    """A sharded checkpoint, complete or absent; those before are removed after it."""
+def is_finished(config: Config) -> bool:
+    """Whether --resume finds the run already done. Raises InputError if a run would be overwritten."""
+    out = config.output_dir
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise InputError(f"--output-dir {out}: is not a folder")
+    if os.path.exists(os.path.join(out, "metrics.jsonl")) and not config.resume:
+        raise InputError(f"{out}: already holds a run; continue it with --resume "
+                         "or choose another --output-dir")
+    finished = config.resume and os.path.isdir(os.path.join(out, "model"))
+    if finished:
+        print0(f"finished    already: {os.path.join(out, 'model')}")
+    return finished
+
+
+def start_or_resume(policy: Policy, optimizer: torch.optim.Optimizer, folder: str, pairs: list[Pair],
+                    plan: list, config: Config) -> int:
+    """Load the checkpoint with --resume, and write run.json. Returns the optimizer steps already done."""
+    identity = {"config": vars(config), "pairs": data.fingerprint(pairs),
+                "weights": data.model_identity(folder)}
+    first = resume(policy, optimizer, identity, config.output_dir) if config.resume else 0
+    if dist.get_rank() == 0:
+        packages = ("torch", "triton", "transformers", "safetensors", "numpy")
+        record = {**identity, "optimizer_steps": len(plan), "processes": dist.get_world_size(),
+                  "device": device_name(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                  "versions": {package: version(package) for package in packages}}
+        os.makedirs(config.output_dir, exist_ok=True)
+        data.write_atomically(f"{config.output_dir}/run.json", json.dumps(record, indent=2) + "\n")
+    return first
+
+
+def resume(policy: Policy, optimizer: torch.optim.Optimizer, identity: dict[str, Any], out: str) -> int:
+    """Load the newest checkpoint and forget the metrics after it. Returns the optimizer steps it has seen.
+
+    Raises InputError if there is none, or if a flag or the data that the result depends on has changed.
+    """
     folder = os.path.join(out, "checkpoints")
+    present = os.listdir(folder) if os.path.isdir(folder) else []
+    names = sorted(name for name in present if re.fullmatch(r"step-\d+", name))
+    if not names:
+        raise InputError(f"--resume: no checkpoint in {folder}; "
+                         "start without --resume in another --output-dir")
+    refuse_changes(identity, out)
+
+    model_state, optimizer_state = get_state_dict(policy, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=os.path.join(folder, names[-1]))
+    set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    step = int(names[-1].removeprefix("step-"))
+    if dist.get_rank() == 0:
+        with open(f"{out}/metrics.jsonl") as file:
+            complete = [line for line in file if line.endswith("\n")]  # kill -9 may have torn the last one
+        kept = [line for line in complete if json.loads(line)["step"] < step]
+        data.write_atomically(f"{out}/metrics.jsonl", "".join(kept))
+    print0(f"resuming    after optimizer step {step}")
+    return step
+
+
+def refuse_changes(identity: dict[str, Any], out: str) -> None:
+    """Raise InputError if the run in folder `out` was started with other flags, data or model."""
+    free = ("resume", "output_dir", "test_problems", "tokens_per_micro_batch", "eval_every", "save_every",
+            "share_prefix", "activation_checkpointing", "offload", "compile")  # the result stays the same
+    with open(f"{out}/run.json") as file:
+        before = json.load(file)
+    changed = []
+    for name, value in identity["config"].items():
+        was = before["config"].get(name)
+        if name not in free and was != value:
+            changed.append(f"--{name.replace('_', '-')} {was} -> {value}")
+    for name, flag in (("pairs", "data"), ("weights", "model")):
+        if before[name] != identity[name]:
+            changed.append(f"content of --{flag}")
+    if changed:
+        raise InputError(f"--resume: {out} was started with another {', '.join(changed)}")
+
+
+def save_if_due(policy: Policy, optimizer: torch.optim.Optimizer, done: int, steps: int, stop_asked: list,
+                config: Config) -> None:
+    """Save every --save-every optimizer steps, and if any rank was asked to stop; that ends the run here."""
+    asked = torch.tensor(len(stop_asked), device=local_device())
+    dist.all_reduce(asked)
+    is_last = done == steps
+    stopping = asked.item() > 0 and not is_last
+
+    # The last step is saved too, because the export may find the disk full.
+    due = config.save_every and (is_last or done % config.save_every == 0)
+    if due or stopping:
+        save(policy, optimizer, os.path.join(config.output_dir, "checkpoints"), done)
+    if stopping:
+        print0(f"stopped     after optimizer step {done} of {steps}; "
+               "the same command with --resume continues")
+        sys.exit(128 + signal.SIGTERM)
+
+
+def save(policy: Policy, optimizer: torch.optim.Optimizer, folder: str, step: int) -> None:
+    """A sharded checkpoint, complete or absent; those before are removed after it."""
     older = os.listdir(folder) if os.path.isdir(folder) else []
     path = os.path.join(folder, f"step-{step:06d}")
     model_state, optimizer_state = get_state_dict(policy, optimizer)
@@ -726,97 +815,109 @@ def save(policy: Policy, optimizer: torch.optim.Optimizer, out: str, step: int) 
     dist.barrier()
 
 
-def resume(policy: Policy, optimizer: torch.optim.Optimizer, identity: dict[str, Any], out: str) -> int:
-    """Load the newest checkpoint and forget the metrics after it. Returns the optimizer steps it has seen.
-
-    Raises InputError if there is none, or if a flag or the data that the result depends on has changed.
-    """
-    folder, metrics_file = os.path.join(out, "checkpoints"), os.path.join(out, "metrics.jsonl")
-    present = os.listdir(folder) if os.path.isdir(folder) else []
-    names = sorted(name for name in present if re.fullmatch(r"step-\d+", name))
-    if not names:
-        raise InputError(f"--resume: no checkpoint in {folder}; "
-                         "start without --resume in another --output-dir")
-    with open(os.path.join(out, "run.json")) as file:
-        before = json.load(file)
-    free = ("resume", "output_dir", "test_problems", "tokens_per_micro_batch", "eval_every", "save_every",
-            "share_prefix", "activation_checkpointing", "offload", "compile")
-    changed = [f"--{key.replace('_', '-')} {before['config'].get(key)} -> {value}"
-               for key, value in identity["config"].items()
-               if key not in free and before["config"].get(key) != value]
-    changed += [f"content of --{key}" for key, name in (("data", "pairs"), ("model", "weights"))
-                if before[name] != identity[name]]
-    if changed:
-        raise InputError(f"--resume: {out} was started with another {', '.join(changed)}")
-    model_state, optimizer_state = get_state_dict(policy, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=os.path.join(folder, names[-1]))
-    set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    step = int(names[-1].removeprefix("step-"))
+def log(config: Config, line: dict[str, float]) -> None:
     if dist.get_rank() == 0:
-        with open(metrics_file) as file:
-            lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] < step]
-        write_whole(metrics_file, "".join(lines))
-    say(f"resuming    after optimizer step {step}")
-    return step
-
-
-def log(out: str, line: dict[str, float]) -> None:
-    if dist.get_rank() == 0:
-        with open(os.path.join(out, "metrics.jsonl"), "a") as file:
+        with open(os.path.join(config.output_dir, "metrics.jsonl"), "a") as file:
             file.write(json.dumps(line) + "\n")
 
 
-# --------------------------------------------------------------------------------- processes and command line
+# ---------------------------------------------------------------------------------------- processes and flags
 
 
-def start_processes() -> torch.device:
-    """Join the process group that torchrun describes, or be a group of one. Returns this rank's device."""
+def start_processes() -> None:
+    """Join the process group that torchrun describes, or be a group of one."""
     cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", "0"))
     if cuda and local_rank >= torch.cuda.device_count():
         raise InputError(f"--nproc_per_node must be at most {torch.cuda.device_count()}, the GPUs here "
                          "(CUDA_VISIBLE_DEVICES= hides them and trains on the CPU)")
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(device)
-        torch._dynamo.config.recompile_limit = 64  # rows have several lengths, with and without gradients
+        torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
-    return device
 
 
-def kind(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+def local_device() -> torch.device:
+    """Of this rank, as `start_processes` has set it."""
+    cuda = torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
-def parse(arguments: list[str] | None = None) -> Config:
-    """Config from the command line; every field is a flag, with hyphens or underscores."""
-    parser = argparse.ArgumentParser(
-        prog="stepdpo.py", description=__doc__, allow_abbrev=False, fromfile_prefix_chars="@",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="@FILE reads flags from FILE, written as on the command line; # starts a comment.")
-    parser.convert_arg_line_to_args = data.words_of_line
-    for field in dataclasses.fields(Config):
-        shown = "" if field.default is None or field.type is bool else f" [{field.default}]"
-        options = {"default": field.default, "help": field.metadata["help"] + shown}
-        if field.type is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options |= {"type": field.type, "choices": field.metadata["choices"]}
-        parser.add_argument(f"--{field.name.replace('_', '-')}", **options)
-    try:
-        return Config(**vars(parser.parse_args(list(map(data.hyphens, arguments or sys.argv[1:])))))
-    except ValueError as error:  # of Config, or an unclosed quotation in @FILE
-        parser.error(str(error))
+def device_name() -> str:
+    return torch.cuda.get_device_name() if local_device().type == "cuda" else "CPU"
+
+
+def notice_sigterm() -> list:
+    """A list that is no longer empty once SIGTERM came, as it does to a job that is preempted."""
+    asked = []
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    return asked
+
+
+def parse(argv: Sequence[str] | None = None) -> Config:
+    """The flags. The defaults are the paper's, where the paper has the thing."""
+    parser = data.Parser("stepdpo.py", description=__doc__, epilog=(
+        "@FILE reads flags from FILE, written as on the command line; # starts a comment."))
+    switch = argparse.BooleanOptionalAction
+
+    add = parser.add_argument_group("what is trained on what").add_argument
+    add("--model", required=True, help="model to train: a Hugging Face folder with safetensors, or hub name")
+    add("--data", required=True, help="step pairs to train on: .jsonl, .json, .parquet or a hub dataset")
+    add("--output-dir", required=True, help="folder for metrics.jsonl, run.json, checkpoints/, model/")
+    add("--reference", help="reference model [the model itself before training]")
+    add("--span", choices=data.SPANS, default="step", help="one step, or whole solutions: plain DPO [step]")
+    add("--template", choices=data.TEMPLATES, default="chat", help="around problem and answer [chat]")
+    add("--instruction", help="text after the problem in the user turn, '' for none [the template's own: "
+                              f"{data.INSTRUCTION!r}, but nothing for alpaca]")
+    add("--max-length", type=POSITIVE_INT, default=1024, help="tokens of prefix + step; longer pairs are "
+        "dropped and counted, never cut [1024]")
+
+    add = parser.add_argument_group("the method").add_argument
+    add("--beta", type=POSITIVE_FLOAT, default=0.4,
+        help="strength of the pull towards the reference; paper: 0.4, and 0.5 for 72B [0.4]")
+    add("--learning-rate", type=POSITIVE_FLOAT, default=5e-7, help="at its peak; then cosine to 0 [5e-7]")
+    add("--warmup-ratio", type=FLOAT, default=0.1, help="share of optimizer steps in which it rises [0.1]")
+    add("--batch-size", type=POSITIVE_INT, default=128,
+        help="pairs per optimizer step over all ranks, about: epochs are cut evenly [128]")
+    add("--epochs", type=POSITIVE_INT, default=8, help="passes over the pairs; paper: 8, above 30B 4 [8]")
+    add("--max-steps", type=INT, default=0, help="end the schedule after so many optimizer steps [0: not]")
+    add("--max-grad-norm", type=POSITIVE_FLOAT, default=1.0, help="clip the gradient to this norm [1.0]")
+    add("--seed", type=INT, default=0, help="of the order of the pairs [0]")
+
+    add = parser.add_argument_group("evaluation and checkpoints").add_argument
+    add("--eval-data", help="held-out step pairs: the same metrics, no training")
+    add("--eval-every", type=POSITIVE_INT, default=50,
+        help="optimizer steps between evaluations; there is always one before and one after [50]")
+    add("--test-problems", help="held-out problems with answers: at the end, greedy accuracy before and "
+        "after, in answers of at most --max-length tokens; each process holds a whole model for it")
+    add("--save-every", type=INT, default=0,
+        help="optimizer steps between checkpoints [0: only when stopped by SIGTERM]")
+    add("--resume", action=switch, default=False, help="continue from the checkpoint in --output-dir")
+
+    add = parser.add_argument_group("memory and speed: the result stays the same").add_argument
+    add("--tokens-per-micro-batch", type=POSITIVE_INT,
+        help="tokens in one forward and backward of a rank [4096 on CUDA, 1024 on CPU]")
+    add("--share-prefix", action=switch, default=True, help="lay out once what chosen and rejected share")
+    add("--activation-checkpointing", action=switch,
+        help="keep only each layer's input: less memory, 1/3 more work [on CUDA, not on CPU]")
+    add("--offload", action=switch, default=False, help="parameters, gradients, optimizer in CPU memory")
+    add("--compile", action=switch, default=False, help="torch.compile each decoder layer")
+    add("--dtype", choices=("bfloat16", "float32"),
+        help="compute type; master weights are float32 [bfloat16 on CUDA, else float32]")
+    return parser.parse_args(argv)
 
 
 def main() -> None:
     config = parse()
     try:
+        if config.test_problems:
+            from pairs.problems import read_problems
+            read_problems(config.test_problems)  # what is wrong with them must not show only at the end
         train(config)
         if config.test_problems:
-            report_accuracy(config)
+            from pairs.stages import report_gain
+            gc.collect()  # the trained model stands in reference cycles
+            report_gain(resolve(config.model), f"{config.output_dir}/model", config)
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each node: they may have different files
             print(f"stepdpo.py: error: {error}", file=sys.stderr)

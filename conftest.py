@@ -1,0 +1,76 @@
+"""What all tests share: a tokenizer, step pairs, tiny models. (pytest finds this file by its name.)"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported; kernels.py then has both ways to run
+
+import transformers  # noqa: E402
+
+import kernels  # noqa: E402
+
+kernels._INTERPRETED = False  # plain torch, but where a test asks for the interpreter
+HERE = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}  # of child processes
+CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level BPE of 400 tokens, trained here, with a chat template, an EOS and no BOS (like Qwen's)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|im_start|>", "<|im_end|>", "<s>"],
+                                  show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator([json.dumps(make_rows(50)), "Mind the token, then the tent. " * 20], trainer)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>",
+                                                chat_template=CHATML)
+
+
+@pytest.fixture(scope="session")
+def tiny(tokenizer, tmp_path_factory):
+    """A folder with a random Qwen2 model of two layers that ends an answer now and then."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.5, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
+    transformers.Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def make_rows(count: int) -> list[dict]:
+    """Step pairs of varied lengths, every one different."""
+    rows = []
+    for i in range(count):
+        before = "".join(f"Step {k}: take {i + k} and double it to {2 * (i + k)}.\n"
+                         for k in range(1, 1 + i % 3))
+        chosen = f" So {i} + {i} = {2 * i}" + " which is right" * (i % 4)
+        rejected = f" Thus we get {i * 7 + 1}."
+        rows.append(dict(dataset="made", prompt=f"What is twice {i}{', please' * (i % 5)}?",
+                         chosen=chosen, rejected=rejected,
+                         initial_reason_steps=f"Let's think step by step.\n{before}Step {1 + i % 3}:",
+                         full_chosen=chosen + f"\nThe answer is: {2 * i}",
+                         full_rejected=rejected + "\nThe answer is: 7", answer=str(2 * i)))
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def rows_of(path: Path | str) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]

@@ -1,0 +1,917 @@
+"""The specification of pairs/, executable, in the order of the code: steps and problems, grading, the cache,
+sampling, a server, the stages, a judge and people, the command line."""
+
+import argparse
+import http.server
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import signal
+import socket
+import struct
+import subprocess
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+from conftest import ENVIRONMENT, HERE, TORCHRUN, rows_of, write_jsonl
+from pairs import __main__ as command_line
+from pairs import grading, sampling, stages
+from pairs.grading import is_correct, paired_gain, wilson_interval
+from pairs.judge import first_error
+from pairs.problems import Problem, find_steps, read_problems, step_texts
+from pairs.sampling import Cache, Continuation, LocalSampler, Sampling
+
+# ----------------------------------------------------------------------------------------- steps and problems
+
+STEPS = "Let's think step by step.\n"
+HOSTILE = {  # solution: the texts of its steps, or None where the numbering is not exactly 1..n
+    STEPS + "Step 1: a\nStep 2: b": [" a", " b"],
+    STEPS + "Step 1: a\n\nStep 2: b\n\n": [" a", " b"],
+    STEPS + "Step 1: as in Step 1: above\nStep 2: see Step 1: and Step 7: there": [
+        " as in Step 1: above", " see Step 1: and Step 7: there"],
+    STEPS + "Step 1: a\nmore of it\n\n  and more\nStep 2: b\nThe answer is: 3": [
+        " a\nmore of it\n\n  and more", " b\nThe answer is: 3"],
+    "Step 1:a": ["a"],
+    "Some words first.\nStep 1: a\n Step 2: b": [" a", " b"],
+    STEPS + "Step 1: Step 2 gave 5\nStep 2 gave us that\nStep 2: b": [
+        " Step 2 gave 5\nStep 2 gave us that", " b"],
+    STEPS + "Step 1: a\nStep 3: b": None,
+    STEPS + "Step 1: a\nStep 2: b\nStep 2: c": None,
+    STEPS + "Step 1: a\nStep 2: b\nStep 1: again": None,
+    STEPS + "Step 2: a\nStep 3: b": None,
+    STEPS + "Step 1: a\n**Step 2:** b": None,
+    STEPS + "Step 1: a\nstep 2: b": None,
+    STEPS + "Step 1: a\n## Step 2: b": None,
+    STEPS + "Step 1: a\nStep 2. b": None,
+    STEPS + "Step 1:\nStep 2: b": None,
+    STEPS + "Step 1: a\nStep 2:  \n": None,
+    "The answer is: 4": None,
+    "": None,
+}
+
+
+@pytest.mark.parametrize("solution", HOSTILE)
+def test_steps_run_from_one_numbered_line_to_the_next_and_are_never_guessed(solution):
+    steps = find_steps(solution)
+    assert (steps and step_texts(solution, steps)) == HOSTILE[solution]
+    for k, (begin, text) in enumerate(steps or [], 1):
+        assert solution[begin:text].strip() == f"Step {k}:"  # a prefix that ends here has no trailing space
+
+
+def test_the_known_problem_formats(tmp_path):
+    rows = [dict(question="How many?", answer="1 + 1 = <<1+1=2>>2\n#### 1,002"),
+            dict(problem="What is x?", solution=r"So $x=\boxed{\frac12}$."), dict(problem="And y?", answer=7),
+            dict(instruction="Find all roots.", answer=["1", "-1"], output="work"),
+            dict(question="Which?", options=["A)3", "B) 4"], correct="B", rationale="because"),
+            dict(prompt="Plain?", answer="5", dataset="mine"), dict(prompt="Plain?", answer="5")]
+    found = read_problems(write_jsonl(tmp_path / "mixed.jsonl", rows))
+    assert [p.answer for p in found] == ["1,002", r"\frac12", "7", "1, -1", "B", "5"]
+    assert found[4].prompt == "Which?\nAnswer choices: (A) 3 (B) 4" and found[4].reference == "because"
+    assert [p.dataset
+            for p in found] == ["mixed"] * 5 + ["mine"] and found[0].reference.endswith("=2>>2")
+
+
+@pytest.mark.parametrize("text, message", [
+    ('{"text": "x"}',
+     r"p\.jsonl:2: unknown format \(text\).*\n?.*GSM8K: question(.|\n)*AQuA(.|\n)*plain: prompt"),
+    ('{"question": "x", "answer": "7"}', r'p\.jsonl:2: "answer" must end in "#### N"'),
+    ('{"prompt": " ", "answer": "7"}', r"p\.jsonl:2: the problem or its answer is missing or empty"),
+    ('{"problem": "x", "solution": "no box"}', r"p\.jsonl:2: the problem or its answer is missing or empty"),
+    ('{"prompt": "x", ', r"p\.jsonl:2: not valid JSON"), ("[1]", r"p\.jsonl:2: must be a JSON object"),
+])
+def test_bad_problems_are_named_by_file_and_line(tmp_path, text, message):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "fine", "answer": "1"}\n' + text + "\n")
+    with pytest.raises(data.InputError, match=message):
+        read_problems(str(tmp_path / "p.jsonl"))
+
+
+# ---------------------------------------------------------------------------------------------------- grading
+
+
+def box(text: str) -> str:
+    return rf"Step 1: so it is \boxed{{{text}}}."
+
+
+NINES = "9" * 5000
+RIGHT = [  # (solution, answer) that count as right
+    (r"a \boxed{\frac{1}{2}} b", "1/2"), (r"\boxed{\sqrt{\frac{2}{3}}}", r"\sqrt{\frac23}"),
+    (r"\fbox{7}", "7"),
+    (r"first \boxed{3}, then \boxed{4}", "4"), (r"so \boxed 9.", "9"), (box(r"\{1,2\}"), r"\{2,1\}"),
+    ("The answer is: 72", "72"), ("the ANSWER IS $72$.", "72"), ("#### 72", "72"),
+    ("The answer is: **42**", "42"),
+    ("The answer is: 7\nNo, the answer is: 8", "8"), ("The answer is 3.5. I hope this helps", "3.5"),
+    ("The answer is: \u22123", "-3"), (box("$72$"), "72"), (box(r"\(72\)"), "72"),
+    ("The answer is: 5", "work\n#### 5"),
+    (box("0.5"), "1/2"), (box("1/2"), "2/4"), (box(r"\dfrac{6}{8}"), r"\frac34"),
+    (box(r"-\frac{1}{2}"), "-0.5"),
+    (box("3.50"), "3.5"), (box("72.0"), "72"), (box(".5"), "0.5"), (box("007"), "7"), (box("+5"), "5"),
+    (box("1,234"), "1234"), (box("1,234,567.5"), "1234567.5"), (box(r"1{,}234"), "1234"),
+    (box(r"12\,345"), "12345"),
+    ("The answer is: $1,500.00", "1500"), (box(r"3 \times 10^5"), "300000"),
+    (box(r"2.5 \cdot 10^{-3}"), "0.0025"),
+    (box(r"1\frac{1}{2}"), "3/2"), (box("2 3/4"), "2.75"), (box(r"-1\frac12"), "-1.5"),
+    (box(r"50\%"), "50"), (box("50%"), "50%"), (box("50 percent"), r"50\%"), (box("12.5%"), "25/2"),
+    (box(r"5\text{ cm}"), "5"), (box("5 cm"), "5 cm"), (box(r"10\text{ cm}^2"), "10"), (box(r"\$18"), "18"),
+    (box("$5"), "5 dollars"), ("The answer is: 72 clips", "72"), ("The answer is: 60 miles per hour", "60"),
+    (box(r"90^\circ"), "90"), (box("90 degrees"), r"90^{\circ}"), (box("7 apples"), "7 apple"),
+    (box(r"\left[0, 1\right)"), "[0,1)"), (box("(1, 2)"), "(1,2)"), (box("(1/2, 3)"), "(0.5,3)"),
+    (box("5"), "(5)"),
+    (box("1, 2"), "2,1"), (box("1 and 2"), "2, 1"), (box("3 or -3"), "-3, 3"),
+    (box(r"\{1,2,3\}"), r"\{3,2,1\}"),
+    (box(r"(-\infty, 0) \cup (1, \infty)"), r"(1,\infty)\cup(-\infty,0)"),
+    (box(r"\text{Yes}"), "yes"), (box("Monday"), "monday"), ("The answer is: Tom", "Tom"),
+    (box("x = 5"), "5"), (box("y = 2x + 1"), "2x+1"), (box("f(x) = 3x"), "3x"), (box("9^{9^9}"), "9^{9^9}"),
+    (box("B"), "B"), (box("(B)"), "B"), (box(r"\text{(B)}"), "B"), (box("B) 12 km"), "B"), (box("b"), "B"),
+    ("The answer is: B. 12", "B"), ("The answer is: option C", "C"), ("The answer is (D).", "D"),
+]
+WRONG = [
+    (r"first \boxed{3}, then \boxed{4}", "3"), (r"\boxed{12", "12"), (r"it is \boxed{4}, no: \boxed{5", "4"),
+    (r"\boxed{}", "0"), ("We get 72", "72"), ("The answer is", "72"), ("The answer is: ", "72"), ("", "72"),
+    (STEPS + "Step 1: 3 + 4 = 7\nStep 2: so 7", "7"), (box("0.333"), "1/3"), (box("0.0005"), "0.001"),
+    (box("1.0001"), "1"), (box("1/0"), "0"), (box("50"), "0.5"), (box("0.5"), "50"), (box("5000"), "50"),
+    (box(r"50\%"), "0.5"), (box(r"1\frac{1}{2}"), "1/2"), (box("5 cm"), "5 m"), (box("5 cm"), "5 km"),
+    (box("10 cm^2"), "10 cm"), (box("5 million"), "5"), (box("2 dozen"), "2"), (box("10 am"), "10 pm"),
+    (box("2x"), "2"), (box(r"2\pi"), "2"), (box("[0,1)"), "(0,1)"), (box("(1,2)"), "(2,1)"),
+    (box("(1,2)"), "[1,2]"),
+    (box("(1,2)"), "1,2"), (box("(3,4)"), "3"), (box("1,2"), "1,2,3"), (box("1,1"), "1,2"),
+    (box("1,234"), "234"),
+    (box("east"), "seat"), (box(r"\text{odd}"), "even"), (box("x=5"), "y=5"), (box("101_2"), "101"),
+    ("The answer is: A", "B"), (box("12"), "B"), ("The answer is: A train", "A"), ("The answer is: CD", "C"),
+    (box(NINES), NINES + "1"), (box("-3"), "3"), (box("7:30"), "7.5"),
+]
+
+
+@pytest.mark.parametrize("solution, answer", RIGHT)
+def test_answers_that_are_right(solution, answer):
+    assert is_correct(solution, answer)
+
+
+@pytest.mark.parametrize("solution, answer", WRONG)
+def test_answers_that_are_wrong(solution, answer):
+    assert not is_correct(solution, answer)
+
+
+def test_formulas_are_compared_by_math_verify_within_a_time_limit(monkeypatch):
+    pytest.importorskip("math_verify", reason="optional: pip install math-verify")
+    for guess, answer, right in [("1+2x", "2x+1", True), (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}", True),
+                                 ("(x+1)^2", "x^2+2x+1", True), ("x^2+1", "x^2+2", False),
+                                 ("2^{10}", "1024", True),
+                                 (r"\frac{\pi}{2}", r"\pi/2", True)]:
+        assert is_correct(box(guess), answer) == right, guess
+    began = time.monotonic()
+    assert not is_correct(box("9^{9^{9^9}}"), "9^{9^{8^9}}")
+    assert time.monotonic() - began < 10
+    grading._worker.kill()  # one answer cannot be compared then, and after that a new worker is there
+    assert not is_correct(box("3+x"), "x+3") and is_correct(box("3+x"), "x+3")
+    hangs = "import sys, time\nsys.stdin.readline()\ntime.sleep(60)"
+    monkeypatch.setattr(grading, "WORKER", hangs), monkeypatch.setattr(grading, "_worker", None)
+    assert not grading._same_formula("a", "b", seconds=0.2) and grading._worker is None
+
+
+def test_without_math_verify_the_rest_works_and_it_is_said_once(monkeypatch, capsys):
+    monkeypatch.setattr(grading, "_worker", None)
+    monkeypatch.setattr(grading.importlib.util, "find_spec", lambda name: None)
+    assert is_correct(box("1/2"), "0.5") and not capsys.readouterr().err
+    assert not is_correct(box("1+2x"), "2x+1") and not is_correct(box("1+3x"), "3x+1")
+    assert capsys.readouterr().err.count("pip install math-verify") == 1
+
+
+# -------------------------------------------------------------------------------------------------- the cache
+
+
+def row(key: str) -> dict:
+    return dict(key=key)
+
+
+def test_a_cache_drops_a_torn_line_and_goes_on(tmp_path):
+    path = tmp_path / "a.jsonl"
+    Cache(str(path), dict(seed=1)).add([row("x"), row("y")])
+    with open(path, "ab") as file:
+        file.write(b'{"key": "z')
+    cache = Cache(str(path), dict(seed=1))
+    assert set(cache.rows) == {"x", "y"}
+    cache.add([row("z")])
+    assert rows_of(path) == [dict(settings=dict(seed=1)), row("x"), row("y"), row("z")]
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"setti'])
+def test_a_cache_that_was_killed_before_its_first_line_begins_anew(tmp_path, torn):
+    (tmp_path / "a.jsonl").write_bytes(torn)
+    Cache(str(tmp_path / "a.jsonl"), dict(seed=1)).add([row("x")])
+    assert rows_of(tmp_path / "a.jsonl") == [dict(settings=dict(seed=1)), row("x")]
+
+
+def test_a_cache_is_not_continued_with_other_settings(tmp_path):
+    path = str(tmp_path / "a.jsonl")
+    Cache(path, dict(model="m", temperature=0.8)).add([row("x")])
+    with pytest.raises(data.InputError,
+                       match=r"a\.jsonl: was made with temperature = 0\.8, and this is 0\.7; use the same"):
+        Cache(path, dict(model="m", temperature=0.7))
+    with open(path, "ab") as file:
+        file.write(b"not json\n")
+    with pytest.raises(data.InputError, match=r"a\.jsonl:3: not valid JSON"):
+        Cache(path, dict(model="m", temperature=0.8))
+
+
+def test_what_other_ranks_have_drawn_is_read_whatever_their_number_was(tmp_path):
+    for rank in (1, 2):
+        path = tmp_path / f"a.rank{rank}.jsonl"
+        path.write_text(json.dumps(dict(settings=dict(seed=1))) + "\n" + json.dumps(row(f"of {rank}")) + "\n")
+    with open(tmp_path / "a.rank2.jsonl", "a") as file:
+        file.write('{"key": "torn')
+    assert set(Cache(str(tmp_path / "a.jsonl"), dict(seed=1)).rows) == {"of 1", "of 2"}
+    (tmp_path / "a.rank2.jsonl").write_text(json.dumps(dict(settings=dict(seed=2))) + "\n")
+    with pytest.raises(data.InputError, match=r"a\.rank2\.jsonl: was made with seed = 2, and this is 1"):
+        Cache(str(tmp_path / "a.jsonl"), dict(seed=1))
+
+
+# --------------------------------------------------------------------------------------------------- sampling
+
+
+def local(tiny, tokenizer, **options) -> LocalSampler:
+    return LocalSampler(Sampling(tiny, **dict(max_new_tokens=24) | options), tokenizer)
+
+
+def all_of(sampler, wanted) -> list:
+    drawn = [pair for batch in sampler.sample(wanted) for pair in batch]
+    return [continuation for _, continuation in sorted(drawn)]
+
+
+def test_greedy_sampling_equals_generate(tiny, tokenizer):
+    sampler = local(tiny, tokenizer, temperature=0)
+    prompts = [tokenizer(text).input_ids for text in ("a", "What is twice 5, please?", "x y z " * 9)]
+    for ids, drawn in zip(prompts, all_of(sampler, [(ids, "n") for ids in prompts]), strict=True):
+        out = sampler.model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False,
+                                     pad_token_id=0)[0, len(ids):]
+        assert drawn.tokens == len(out) and drawn.cut == (out[-1] != tokenizer.eos_token_id)
+        assert drawn.text == tokenizer.decode(out, skip_special_tokens=True)
+
+
+def test_a_sample_depends_on_its_name_and_not_on_its_batch(tiny, tokenizer):
+    wanted = [(tokenizer("word " * n).input_ids, f"0 {n} {i}") for n in (1, 5, 9) for i in range(4)]
+    many, one = local(tiny, tokenizer), local(tiny, tokenizer, batch_tokens=40)
+    many.end_tokens = one.end_tokens = set(range(0, 400, 16))  # so that some end early and leave the batch
+    together, apart = all_of(many, wanted), all_of(one, wanted)
+    assert together == apart and len(set(together)) > 6
+    assert all_of(many, [(ids, name + "!") for ids, name in wanted]) != together
+    assert {drawn.cut for drawn in together} == {True, False}
+
+
+def test_batches_keep_to_their_budget_and_are_halved_when_memory_runs_out(tiny, tokenizer, monkeypatch,
+                                                                          capsys):
+    sampler, sizes = local(tiny, tokenizer, batch_tokens=300), []
+    draw = sampler._draw
+
+    def draw_two(wanted):
+        sizes.append(sum(len(ids) + 24 for ids, _ in wanted))
+        if len(wanted) > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return draw(wanted)
+
+    monkeypatch.setattr(sampler, "_draw", draw_two)
+    wanted = [(tokenizer("w" * n).input_ids, str(n)) for n in range(1, 12)]
+    assert len(all_of(sampler, wanted)) == 11 and max(sizes) <= 300
+    assert "out of memory: batches are halved" in capsys.readouterr().out
+
+    def fail(wanted):
+        raise RuntimeError("a shape is wrong")
+
+    monkeypatch.setattr(sampler, "_draw", fail)
+    with pytest.raises(RuntimeError, match="shape"):
+        all_of(sampler, wanted)
+
+
+def test_tokens_are_drawn_from_the_nucleus_in_its_proportions(tiny, tokenizer):
+    sampler = local(tiny, tokenizer, temperature=0.5, top_p=0.88)
+    logits = torch.tensor([0.0, 1.0, 2.0, 1.5, -3.0]).log_softmax(-1) + torch.zeros(20000, 1)
+    drawn = sampler._choose(logits, [(i + 0.5) / 20000 for i in range(20000)])
+    chances = (logits[0] / 0.5).softmax(-1).tolist()
+    nucleus = {2: chances[2], 3: chances[3]}  # 0.66 + 0.24
+    assert sum(nucleus.values()) > 0.88 > chances[2]
+    shares = {token: count / 20000 for token, count in Counter(drawn.tolist()).items()}
+    expected = {token: chance / sum(nucleus.values()) for token, chance in nucleus.items()}
+    assert shares == pytest.approx(expected, abs=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------- server
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """An OpenAI-compatible server that refuses whatever is not exactly in order, and fails as `faults` says,
+    one after the other. `answer(path, body)` gives the text."""
+
+    daemon_threads, request_queue_size = True, 100
+
+    def __init__(self, answer, faults=(), key=None):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answer, self.faults, self.key, self.lock = answer, list(faults), key, threading.Lock()
+        self.served, self.tried, self.now, self.most = [], 0, 0, 0
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def handle_error(self, request, client_address):
+        pass
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def reply(self, code, body, headers=(), cut=0):
+        text = json.dumps(body).encode()
+        self.send_response(code)
+        for name, value in dict(headers, **{"Content-Type": "application/json",
+                                            "Content-Length": len(text) - cut}).items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(text[:len(text) - cut])
+
+    def do_POST(self):
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.lock:
+            server.tried, server.now = server.tried + 1, server.now + 1
+            server.most, fault = max(server.most, server.now), server.faults.pop(0) if server.faults else None
+        try:
+            self.respond(server, body, fault)
+        finally:
+            with server.lock:
+                server.now -= 1
+
+    def respond(self, server, body, fault):
+        sampling = dict(model=str, temperature=(int, float), max_tokens=int, stream=bool)
+        chat = self.path == "/v1/chat/completions"
+        fields = sampling | (dict(messages=list) if chat
+                             else dict(prompt=list, n=int, top_p=(int, float), seed=int))
+        if server.key and self.headers["Authorization"] != f"Bearer {server.key}":
+            return self.reply(401, dict(error=f"no such key: {self.headers['Authorization']}"))
+        if self.path not in ("/v1/completions", "/v1/chat/completions"):
+            return self.reply(404, dict(error="no such path"))
+        if body.keys() != fields.keys() or not all(isinstance(body[name], kind) for name,
+                                                   kind in fields.items()):
+            return self.reply(400, dict(error=f"bad fields {sorted(body)}"))
+        if isinstance(fault, tuple):
+            return self.reply(fault[0], dict(error="try later"), fault[1])
+        if isinstance(fault, int):
+            return self.reply(fault, dict(error=f"fault {fault} {self.headers['Authorization']}"))
+        if fault == "hang":
+            return time.sleep(10)
+        if fault == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            return self.connection.close()
+        text = server.answer(self.path, body)
+        choice = dict(message=dict(role="assistant", content=text)) if chat else dict(text=text)
+        reply = dict(choices=[choice | dict(index=0, finish_reason="stop")],
+                     usage=dict(prompt_tokens=1, completion_tokens=len(text.split()), total_tokens=2))
+        if fault == "nonsense":
+            return self.reply(200, dict(hello=1))
+        self.reply(200, reply, cut=20 if fault == "truncated" else 0)
+        if fault is None:
+            with server.lock:
+                server.served.append(body)
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    monkeypatch.setattr(sampling, "PAUSE", 0.01), monkeypatch.setattr(sampling, "TIMEOUT", 30)
+    servers = []
+    yield lambda *args, **options: servers.append(Server(*args, **options)) or servers[-1]
+    for server in servers:
+        server.shutdown(), server.server_close()
+
+
+def solve_on(server, tokenizer, tmp_path, *flags):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    path = write_jsonl(tmp_path / "p.jsonl",
+                       [dict(prompt=f"Problem {i}?", answer=str(i)) for i in range(20)])
+    command_line.main(["solve", "--model", str(tmp_path / "tokenizer"), "--server", server.url,
+                       "--server-model=m", "--problems", path, "--out", str(tmp_path / "out"), *flags])
+
+
+def samples_in(folder) -> list[dict]:
+    """The rows of a folder's samples.jsonl, behind the settings."""
+    return rows_of(Path(folder) / "samples.jsonl")[1:]
+
+
+def echo(tokenizer):
+    """The right answer for even problems, and always the same text for the same prompt."""
+    def answer(path, body):
+        number = int(re.findall(r"Problem (\d+)\?", tokenizer.decode(body["prompt"]))[0])
+        return f" it is so.\nThe answer is: {number + number % 2}"
+    return answer
+
+
+def test_through_every_fault_of_a_server_nothing_is_lost_and_nothing_doubled(serve, tokenizer, tmp_path,
+                                                                             monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    faults = [(429, {"Retry-After": "0.3"}), 500, "reset", "truncated", "hang", 503,
+              (429, {"Retry-After": "soon"}), 408, "reset", "truncated", 502]
+    monkeypatch.setattr(sampling, "TIMEOUT", 2)
+    server = serve(echo(tokenizer), faults, key="sk-very-secret")
+    solve_on(server, tokenizer, tmp_path, "--concurrency=4")
+    rows = samples_in(tmp_path / "out")
+    assert len(rows) == len({row["key"] for row in rows}) == 40 <= len(server.served)
+    assert server.tried >= 40 + len(faults) and server.most <= 5  # one may still hang, the next begin
+    assert sum(row["correct"] for row in rows) == 20 and all(row["tokens"] == 7 for row in rows)
+    assert len({body["seed"] for body in server.served}) == 40  # samples of one problem differ
+    prompt = tokenizer.decode(server.served[0]["prompt"])
+    assert prompt.endswith("<|im_start|>assistant\nLet's think step by step.\nStep 1:")
+    assert prompt.count("<|im_start|>") == 2
+    text = capsys.readouterr()
+    assert "sk-very" not in text.out + text.err + (tmp_path / "out/samples.jsonl").read_text()
+
+
+def test_retry_after_is_waited_for(serve):
+    server, began = serve(lambda path, body: "", [(429, {"Retry-After": "0.7"})]), time.monotonic()
+    body = dict(model="m", prompt=[1], n=1, max_tokens=1, temperature=0, top_p=1, seed=0, stream=False)
+    assert sampling.post(f"{server.url}/v1/completions", body)["choices"] and time.monotonic() - began > 0.7
+
+
+@pytest.mark.parametrize("fault, tries, message", [
+    (500, 6, "gave up after 6 tries, the last: 500"),
+    ("reset", 6, "gave up after 6 tries, the last: Connection"),
+    (400, 1, "400 Bad Request: .*fault 400"), (401, 1, "401 Unauthorized: .*fault 401"),
+    ("nonsense", 1, "not the reply of an OpenAI-compatible server .*hello"),
+])
+def test_a_server_that_keeps_failing_is_an_error_that_says_how(serve, tokenizer, tmp_path, monkeypatch, fault,
+                                                               tries, message):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    server = serve(echo(tokenizer), [fault] * 99)
+    with pytest.raises(SystemExit, match=f"(?s)/v1/completions: .*{message}") as error:
+        solve_on(server, tokenizer, tmp_path, "--concurrency=1")
+    assert tries <= server.tried <= tries + 2  # another request may have begun before the error ended all
+    assert "sk-very" not in str(error.value)
+    server.faults.clear()
+    solve_on(server, tokenizer, tmp_path)  # and then the same command continues
+    assert len(samples_in(tmp_path / "out")) == 40
+
+
+def test_no_server_at_all(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "PAUSE", 0.0)
+    nowhere = argparse.Namespace(url="http://127.0.0.1:9")
+    with pytest.raises(SystemExit, match="gave up after 6 tries, the last: URLError.*refused"):
+        solve_on(nowhere, tokenizer, tmp_path)
+
+
+
+# ------------------------------------------------------------------------------------------------- the stages
+
+
+class Scripted:
+    """A model whose true first error is known. A problem has n steps, each of which goes wrong with the
+    problem's own chance; once wrong, later steps are wrong too, but a step repairs all by chance `recovery`.
+    The answer is right if the last step is. A word is a token. `stop_at`: KeyboardInterrupt after so many
+    batches."""
+
+    recovery, stop_at, drawn, nap = 0.1, math.inf, 0, 0.0
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def sample(self, wanted):
+        for at in range(0, len(wanted), 16):
+            if self.stop_at <= 0:
+                raise KeyboardInterrupt
+            self.stop_at -= 1
+            time.sleep(self.nap)
+            batch = [(i, self.go_on(*wanted[i])) for i in range(at, min(at + 16, len(wanted)))]
+            self.drawn += len(batch)
+            yield batch
+
+    def go_on(self, ids, name):
+        text, numbers = self.tokenizer.decode(ids), random.Random(name)
+        chance, n = re.findall(r"(\d+) percent of (\d+) steps", text)[-1]
+        steps = text.rpartition("Step 1:")[2].split("\n")[:-1] if "\nStep 2:" in text else []
+        wrong, lines = bool(steps) and "wrong" in steps[-1], []
+        for k in range(len(steps) + 1, int(n) + 1):
+            wrong = numbers.random() >= self.recovery if wrong else numbers.random() < int(chance) / 100
+            heading = f"Step {k}:" if lines else ""
+            way = numbers.randrange(3)
+            lines.append(f"{heading} {'wrong' if wrong else 'right'} step {k} way {way}, worked out")
+        text = "\n".join([*lines, f"The answer is: {8 if wrong else 7}"])
+        return Continuation(text, len(text.split()), False)
+
+
+def true_error(solution: str) -> int:
+    """The first step after which all is wrong: the last run of wrong steps begins there."""
+    wrong = ["wrong" in step for step in step_texts(solution, find_steps(solution))]
+    return len(wrong) - [*reversed(wrong), False].index(False) + 1
+
+
+def scripted_problems(folder, count: int = 60) -> str:
+    rows = [dict(prompt=f"Problem {i}: {(5, 10, 20, 60)[i % 4]} percent of {3 + i % 6} steps", answer="7")
+            for i in range(count)]
+    return write_jsonl(Path(folder) / "problems.jsonl", rows)
+
+
+def run_scripted(folder, tokenizer, sampler, *flags, problems=60, command="build"):
+    path = Path(folder) / "problems.jsonl"
+    if not path.exists():
+        scripted_problems(folder, problems)
+    args = command_line.parse([command, "--model=scripted", "--problems", str(path), "--out",
+                               str(Path(folder) / "out"), *flags])
+    command_line.run(args, sampler=sampler, tokenizer=tokenizer)
+
+
+def outputs(folder) -> dict:
+    return {name: (Path(folder) / "out" / name).read_text() for name in ("located.jsonl", "pairs.jsonl")}
+
+
+@pytest.fixture(scope="session")
+def built(tokenizer, tmp_path_factory):
+    """One whole build, without a stop, that others are compared with."""
+    folder, sampler = tmp_path_factory.mktemp("built"), Scripted(tokenizer)
+    run_scripted(folder, tokenizer, sampler)
+    return folder, sampler.drawn
+
+
+def test_localization_finds_the_true_error_of_a_model_that_can_recover(tokenizer, tmp_path, capsys):
+    run_scripted(tmp_path, tokenizer, Scripted(tokenizer), problems=240)
+    out = tmp_path / "out"
+    located = [row for row in rows_of(out / "located.jsonl") if row["step"]]
+    hits = sum(row["step"] == true_error(row["solution"]) for row in located)
+    drawn, pairs = samples_in(out), rows_of(out / "pairs.jsonl")
+    length = sum(row["tokens"] for row in drawn[:480]) / 480  # of the solutions, which are drawn first
+    cost = sum(row["tokens"] for row in drawn[480:]) / len(located) / length
+    good = sum("right" in pair["chosen"] and "wrong" in pair["rejected"] for pair in pairs)
+    print(f"\nlocated {len(located)}, exact {hits / len(located):.0%}, cost {cost:.1f} solution lengths "
+          f"each, {len(pairs)} pairs, {good / len(pairs):.0%} good")
+    assert len(located) >= 45 and hits >= 0.8 * len(located)
+    assert cost < 90
+    assert len(pairs) >= 40 and good >= 0.85 * len(pairs)
+
+
+def test_pairs_are_rows_that_training_reads_unchanged(built, tokenizer):
+    path = built[0] / "out" / "pairs.jsonl"
+    pairs = rows_of(path)
+    names = {"answer", "chosen", "dataset", "full_chosen", "full_rejected", "initial_reason_steps", "prompt",
+             "rejected"}
+    for pair in pairs:
+        assert pair.keys() == names and all(isinstance(value, str) for value in pair.values())
+        assert re.search(r"\nStep \d+:$", pair["initial_reason_steps"]) and pair["chosen"].startswith(" ")
+        assert pair["full_chosen"].startswith(pair["chosen"])
+        assert pair["full_rejected"].startswith(pair["rejected"])
+        assert is_correct(pair["full_chosen"], pair["answer"])
+        assert not is_correct(pair["full_rejected"], pair["answer"])
+    encoded, dropped = data.encode(data.read_rows(str(path)), tokenizer, "chat", None, "step", 1024)
+    assert len(encoded) == len(pairs) > 10 and not dropped
+    rejected = Counter((pair["prompt"], pair["initial_reason_steps"], stages.simplified(pair["rejected"]))
+                       for pair in pairs)
+    assert max(rejected.values()) == 1 and max(Counter(pair["prompt"] for pair in pairs).values()) <= 4
+
+
+def test_every_solution_is_counted_once(built, tokenizer, capsys):
+    folder, _ = built
+    run_scripted(folder, tokenizer, None)  # all is there: nothing is sampled, only counted again
+    text = capsys.readouterr().out
+    count = {name: int(number.replace(",", ""))
+             for name, number in re.findall(r"^(\w+) +([\d,]+)$", text, re.M)}
+    drops = [int(number) for number in re.findall(r"^ +(-\d+)  \w", text, re.M)]
+    assert count["solutions"] == 120 and count["wrong"] + sum(drops) == count["pairs"]
+    assert len(rows_of(folder / "out/located.jsonl")) == count["wrong"]
+    assert len(rows_of(folder / "out/pairs.jsonl")) == count["pairs"]
+    assert "none of the first 4 samples of the problem passes" in text and "\n0 tokens sampled" in text
+
+
+@pytest.mark.parametrize("every", [1, 3, 8])
+def test_a_build_stopped_after_every_few_batches_ends_as_one_that_was_not(built, tokenizer, tmp_path, every):
+    samples = 0
+    for _ in range(1000):
+        sampler = Scripted(tokenizer)
+        sampler.stop_at = every
+        try:
+            run_scripted(tmp_path, tokenizer, sampler)
+            break
+        except KeyboardInterrupt:
+            samples += sampler.drawn
+    assert outputs(tmp_path) == outputs(built[0])
+    assert samples + sampler.drawn == built[1]  # and no sample was drawn twice
+
+
+def _build_in_a_child(folder, tokenizer, rank, ranks, port):
+    if ranks > 1:
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=ranks,
+                                             init_method=f"tcp://127.0.0.1:{port}")
+    sampler = Scripted(tokenizer)
+    sampler.nap = 0.02
+    run_scripted(folder, tokenizer, sampler)
+
+
+# Forked from a process that has imported this file and done nothing else: fast, and without what other tests
+# have started in this one.
+CHILDREN = multiprocessing.get_context("forkserver")
+CHILDREN.set_forkserver_preload(["pairs.test_pairs"])
+
+
+def start_children(folder, tokenizer, ranks) -> list:
+    scripted_problems(folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [CHILDREN.Process(target=_build_in_a_child, args=(folder, tokenizer, rank, ranks, port))
+                for rank in range(ranks)]
+    for child in children:
+        child.start()
+    return children
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_build_killed_again_and_again_ends_as_one_that_was_not(built, tokenizer, tmp_path, ranks):
+    kills = 0
+    while True:
+        children = start_children(tmp_path, tokenizer, ranks)
+        children[0].join(0.35 + 0.05 * (kills % 5))
+        if children[0].exitcode is not None:
+            [child.join() for child in children]
+            break
+        for child in children:
+            os.kill(child.pid, signal.SIGKILL)
+            child.join()
+        kills += 1
+    assert all(child.exitcode == 0 for child in children) and kills >= 3
+    assert outputs(tmp_path) == outputs(built[0])
+
+
+def test_ranks_share_the_work_and_make_the_same_pairs_in_the_same_order(built, tokenizer, tmp_path):
+    children = start_children(tmp_path, tokenizer, 3)
+    [child.join(60) for child in children]
+    assert [child.exitcode for child in children] == [0, 0, 0]
+    assert outputs(tmp_path) == outputs(built[0])
+    drawn = [rows_of(tmp_path / f"out/samples{rank}.jsonl")[1:] for rank in ("", ".rank1", ".rank2")]
+    assert sum(map(len, drawn)) == built[1] and min(map(len, drawn)) > built[1] / 5
+
+
+def test_another_model_template_or_setting_is_never_mixed_in(built, tokenizer):
+    for flag, name in (("--temperature=0.7", "temperature"), ("--seed=1", "seed"),
+                       ("--template=alpaca", "template"), ("--model=other", "model"),
+                       ("--max-new-tokens=9", "max_new")):
+        with pytest.raises(data.InputError, match=rf"samples\.jsonl: was made with {name}.*same setting"):
+            run_scripted(built[0], tokenizer, None, flag)
+
+
+def test_other_thresholds_use_the_same_samples(built, tokenizer, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/samples.jsonl").write_bytes((built[0] / "out/samples.jsonl").read_bytes())
+    sampler = Scripted(tokenizer)
+    run_scripted(tmp_path, tokenizer, sampler, "--min-pass-rate=0.9")
+    assert sampler.drawn < built[1] / 10
+    assert len(rows_of(tmp_path / "out/pairs.jsonl")) < len(rows_of(built[0] / "out/pairs.jsonl"))
+
+
+def make_wrong(text: str, **known) -> stages.Wrong:
+    solution = STEPS + "Step 1:" + text
+    return stages.Wrong(Problem("d", "p", "7", None), solution, find_steps(solution), **known)
+
+
+def sample_of(text: str) -> sampling.Sample:
+    return sampling.Sample(STEPS + "Step 1:" + text, "7", True, False, 5)
+
+
+class Drawn:
+    """In place of Samples: pass rates by the text that is gone on from."""
+
+    def __init__(self, rates: dict[str, float], first: list):
+        self.rates, self.first, self.asked = rates, first, []
+
+    def draw(self, prefixes, count, first=0, desc=""):
+        if desc == "rectify":
+            return [self.first for _ in prefixes]
+        self.asked += [prefix for _, prefix in prefixes]
+        drawn = []
+        for _, prefix in prefixes:
+            rate = next(rate for text, rate in self.rates.items() if text in prefix)
+            drawn.append([sampling.Sample("", "7", n < rate * count, False, 1) for n in range(count)])
+        return drawn
+
+
+def test_a_chosen_step_must_be_as_good_to_go_on_from_and_of_sane_length():
+    end = "\nStep 2: end\nThe answer is: 7"
+    first = [sample_of(text + end) for text in (" Wrong  thing", " bad luck here", " bad luck here",
+                                                " fine thing", " x", " far too long" * 9)]
+    first += [sample_of(" no")._replace(correct=False)] * 14  # 6 of 20 pass
+    args = command_line.parse(["build", "--model=m", "--problems=p", "--out=o"])
+    row = make_wrong(" wrong thing\nStep 2: end\nThe answer is: 8", step=1)
+    drawn = Drawn({"bad luck": 1 / 8, "fine thing": 1}, first)  # 1/8 < 6/20
+    pairs = stages.rectify([row], drawn, None, args)
+    assert [pair["chosen"] for pair in pairs] == [" fine thing"] and not row.status
+    assert drawn.asked[0].endswith(" bad luck here\nStep 2:")  # the most frequent first
+    assert stages.rectify([row], Drawn({"": 0}, first), None, args) == []
+    assert row.status == "rectified: no chosen step passes --check"
+
+
+def test_a_sample_that_was_cut_off_does_not_pass(tokenizer, tmp_path):
+    class Cut:
+        def sample(self, wanted):
+            yield [(0, Continuation(" so\nThe answer is: 7", 5, True)),
+                   (1, Continuation(" so\nThe answer is: 7\nAnd on and", 5, True))]
+
+    run_scripted(tmp_path, tokenizer, Cut(), command="solve", problems=1)
+    rows = samples_in(tmp_path / "out")
+    assert [(row["predicted"], row["correct"]) for row in rows] == [(None, False), ("7", True)]
+    assert not sample_of("")._replace(cut=True).passes
+
+
+def test_if_every_solution_is_right_there_are_no_pairs(tokenizer, tmp_path):
+    class Right:
+        def sample(self, wanted):
+            yield [(i, Continuation(" so\nThe answer is: 7", 5, False)) for i in range(len(wanted))]
+
+    run_scripted(tmp_path, tokenizer, Right(), problems=3)
+    assert (tmp_path / "out/pairs.jsonl").read_text() == ""
+
+
+def test_evaluation_prints_accuracy_with_its_interval(tokenizer, tmp_path, capsys):
+    run_scripted(tmp_path, tokenizer, Scripted(tokenizer), "--samples=1", command="solve", problems=200)
+    right = sum(row["correct"] for row in samples_in(tmp_path / "out"))
+    low, high = wilson_interval(right, 200)
+    shown = f"accuracy {right / 200:.1%} ({right} of 200, 95% interval {low:.1%} to {high:.1%}); 0 without"
+    assert shown in capsys.readouterr().out
+    assert wilson_interval(0, 100) == pytest.approx((0, 0.0370), abs=1e-4)
+    assert wilson_interval(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+
+
+def test_gain_is_paired_by_problem():
+    # 10 of 100 changed, all for the better: the standard error is sqrt(0.1 * 0.9 / 100) = 0.03
+    gain = paired_gain([True] * 50 + [False] * 50, [True] * 60 + [False] * 40)
+    assert gain == pytest.approx((0.1, 0.1 - 1.96 * 0.03, 0.1 + 1.96 * 0.03))
+
+
+# ----------------------------------------------------------------------------------------- a judge and people
+
+
+@pytest.mark.parametrize("reply, steps, found", [
+    ("It adds wrongly.\nVerdict:\nStep 1: correct\nStep 2: incorrect", 3, 2),
+    ("Verdict:\nStep 1: neutral\nStep 2: correct\nStep 3: neutral", 3, 0),
+    ("Verdict: Step 1: correct; Step 2: neutral; Step 3: incorrect.", 3, 3),
+    ("Verdict:\n**Step 1: incorrect**\n", 3, 1),
+    ("First I thought Verdict:\nStep 1: incorrect\nbut no. Verdict:\nStep 1: correct", 1, 0),
+    ("Verdict:\nStep 1: correct\nStep 2: correct", 3, None),  # does not go to the end, and names no error
+    ("Verdict:\nStep 1: incorrect\nStep 2: correct", 3, None),
+    ("Verdict:\nStep 2: incorrect", 3, None),
+    ("Verdict:\nStep 1: correct\nStep 2: maybe incorrect", 3, None),
+    ("Verdict:\nStep 1: correct\nStep 2: correct\nStep 3: correct\nStep 4: incorrect", 3, None),
+    ("Step 1: correct\nStep 2: incorrect", 3, None), ("", 3, None), ("Verdict:", 3, None),
+])
+def test_a_verdict_is_read_strictly_or_not_at_all(reply, steps, found):
+    assert first_error(reply, steps) == found
+
+
+def judge_of_right_and_wrong(path, body):
+    """Names the first step that says it is wrong, but has no opinion on problem 3."""
+    text = body["messages"][0]["content"]
+    if "Problem 3:" in text:
+        return "Who knows."
+    verdict = []
+    for k, step in enumerate(re.findall(r"^Step \d+: (right|wrong) step", text, re.M), 1):
+        verdict.append(f"Step {k}: {'incorrect' if step == 'wrong' else 'correct'}")
+        if step == "wrong":
+            break
+    return "I see.\nVerdict:\n" + "\n".join(verdict)
+
+
+def first_step_that_says_it_is_wrong(solution: str) -> int:
+    return [step[:6] for step in step_texts(solution, find_steps(solution))].index(" wrong") + 1
+
+
+def test_a_judge_locates_errors_and_checks_chosen_steps(serve, tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-judge")
+    server = serve(judge_of_right_and_wrong, [500, "truncated"], key="sk-judge")
+    flags = ["--by=judge", "--check=judge", "--judge-url", server.url, "--judge-model=j"]
+    run_scripted(tmp_path, tokenizer, Scripted(tokenizer), *flags)
+    rows = rows_of(tmp_path / "out/located.jsonl")
+    located = [row for row in rows if row["step"]]
+    assert [row["step"] for row in located] == [
+        first_step_that_says_it_is_wrong(row["solution"]) for row in located] and len(located) > 20
+    statuses = Counter(row["status"] for row in rows if "Problem 3:" in row["prompt"])
+    assert statuses == {"located: verdict not as asked for": sum(statuses.values())} and statuses
+    replies = [row["reply"] for row in rows_of(tmp_path / "out/judge.jsonl")[1:]]
+    assert "Who knows." in replies  # kept, to be read
+    pairs = rows_of(tmp_path / "out/pairs.jsonl")
+    assert len(pairs) > 10 and all(" right" in p["chosen"] and " wrong" in p["rejected"] for p in pairs)
+
+    asked, again = server.tried, outputs(tmp_path)
+    run_scripted(tmp_path, tokenizer, None, *flags)
+    assert server.tried == asked and outputs(tmp_path) == again
+    assert "sk-judge" not in "".join(capsys.readouterr())
+
+
+def test_by_both_keeps_errors_on_which_rollouts_and_judge_agree(built, serve, tokenizer, tmp_path, capsys):
+    server = serve(judge_of_right_and_wrong)
+    run_scripted(tmp_path, tokenizer, Scripted(tokenizer), "--by=both", "--judge-url", server.url,
+                 "--judge-model=j")
+    by_rollouts = {row["solution"]: row for row in rows_of(built[0] / "out/located.jsonl")}
+    agreed = 0
+    for row in rows_of(tmp_path / "out/located.jsonl"):
+        step = by_rollouts[row["solution"]]["step"]
+        if step is None:
+            assert row == by_rollouts[row["solution"]] | dict(by="both")
+            continue
+        same = (step == first_step_that_says_it_is_wrong(row["solution"])
+                and "Problem 3:" not in row["prompt"])
+        expected = "rectified" if same else "agreed: "
+        assert row["step"] == step and (row["status"] == "located" or row["status"].startswith(expected))
+        agreed += same
+    shown = re.search(r"^agreed +(\d+)$", capsys.readouterr().out, re.M)
+    assert agreed == int(shown[1]) > 5
+    assert len(rows_of(tmp_path / "out/pairs.jsonl")) <= agreed
+
+
+def test_people_fill_in_a_file_that_the_same_command_goes_on_from(tokenizer, tmp_path, capsys):
+    def run(*flags):
+        run_scripted(tmp_path, tokenizer, Scripted(tokenizer), *(flags or ["--by=human"]))
+        return capsys.readouterr().out
+
+    sheet, pairs = tmp_path / "out/located.jsonl", tmp_path / "out/pairs.jsonl"
+    assert "where step is null, put the number" in run() and not pairs.exists()
+    rows = rows_of(sheet)
+    assert len(rows) > 20 and all(list(row)[0] == "step" and row["step"] is None for row in rows)
+    for i, row in enumerate(rows[:6]):
+        row["step"] = 0 if i == 5 else true_error(row["solution"])
+    write_jsonl(sheet, rows)
+    filled_in = sheet.read_bytes()
+    shown = run()
+    assert f"-{len(rows) - 6}  not filled in yet" in shown and "-1  no wrong step" in shown
+    assert 1 <= len(rows_of(pairs)) <= 5 and sheet.read_bytes() == filled_in
+
+    with pytest.raises(data.InputError, match=r"located\.jsonl: holds steps that people filled in"):
+        run("--by=rollouts")
+    with pytest.raises(data.InputError, match=r"located\.jsonl: has \d+ rows for \d+ wrong solutions"):
+        run("--by=human", "--samples=3")
+    assert sheet.read_bytes() == filled_in
+    for bad in (99, -1, "2", True):
+        write_jsonl(sheet, [*rows[:2], rows[2] | dict(step=bad), *rows[3:]])
+        with pytest.raises(data.InputError,
+                           match=r"located\.jsonl:3: step must be 0 \(none is wrong\) to \d"):
+            run()
+    write_jsonl(sheet, [rows[1], rows[0], *rows[2:]])
+    with pytest.raises(data.InputError, match=r"located\.jsonl:1: is not the wrong solution that stands"):
+        run()
+
+
+# ------------------------------------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["solve", "--model=m", "--problems=p"], "required: --out"), (["solve", "--mod=m"], "required"),
+    (["solve", "--model=m", "--problems=p", "--out=o", "--temp=1"], "unrecognized arguments: --temp=1"),
+    (["solve", "--model=m", "--problems=p", "--out=o", "--samples=0"], "--samples: must be above 0, got 0"),
+    (["solve", "--model=m", "--problems=p", "--out=o", "--top-p=1.5"], "--top-p: must be above 0, at most 1"),
+    (["solve", "--model=m", "--problems=p", "--out=o", "--top-p=0"], "--top-p: must be above 0"),
+    (["solve", "--model=m", "--problems=p", "--out=o", "--temperature=-1"], "must be at least 0, got -1"),
+    (["solve", "--model=m", "--problems=p", "--out=o", "--server=u"], "--server-model is needed too"),
+    (["build", "--model=m", "--problems=p", "--out=o", "--by=both"], "--judge-url is needed too"),
+    (["build", "--model=m", "--problems=p", "--out=o", "--by=oracle"], "invalid choice: 'oracle'"),
+    (["solve", "--model=m", "--problems=p", "--out=o", "--by=judge"], "unrecognized arguments: --by=judge"),
+    ([], "required"), (["sample"], "invalid choice: 'sample'"),
+])
+def test_usage_errors(flags, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        command_line.parse(flags)
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_flags_take_hyphens_or_underscores_and_files(tmp_path):
+    (tmp_path / "args").write_text("--max_new_tokens 99  # so\n--problems 'my file'\n\n--no-step-prefix\n")
+    args = command_line.parse(["solve", f"@{tmp_path}/args", "--model=m", "--out=o", "--top_p=0.5"])
+    assert (args.max_new_tokens, args.problems, args.step_prefix, args.top_p) == (99, "my file", False, 0.5)
+    args = command_line.parse(["build", "--model=m", "--problems=p", "--out=o", "--seed=3",
+                               "--batch-tokens=9", "--instruction="])
+    assert (args.seed, args.batch_tokens, args.instruction, args.temperature) == (3, 9, "", 0.8)
+    assert (args.samples, args.rectify_samples, args.rollouts, args.bad_ratio) == (2, 20, 8, 1 / 3)
+
+
+def test_the_command_line_end_to_end(tiny, tmp_path, capsys):
+    """A real (random) model in two processes of their own: samples, counts, no pairs; nothing drawn twice."""
+    path = write_jsonl(tmp_path / "p.jsonl", [dict(prompt=f"Problem {i}?", answer="7") for i in range(3)])
+    flags = ["build", "--model", tiny, "--problems", path, "--out", str(tmp_path / "out"),
+             "--max-new-tokens=16"]
+    first = subprocess.run([*TORCHRUN, "2", "-m", "pairs", *flags], capture_output=True, text=True,
+                           timeout=300, cwd=HERE, env=ENVIRONMENT)
+    assert first.returncode == 0, first.stderr
+    assert "accuracy 0.0% (0 of 6 samples of 3 problems)" in first.stdout
+    assert "0 pairs of 0 problems" in first.stdout
+    assert re.search(r"^[1-9]\d* tokens sampled by rank 0", first.stdout, re.M)
+    command_line.main(flags)
+    assert "\n0 tokens sampled" in capsys.readouterr().out
+
+    with pytest.raises(SystemExit, match=r"pairs solve: nowhere\.jsonl: No such file or directory"):
+        command_line.main(["solve", "--model", tiny, "--problems", "nowhere.jsonl", "--out", "o"])
+    with pytest.raises(SystemExit, match=r"pairs solve: .*nowhere: no tokenizer there"):
+        command_line.main(["solve", "--model", str(tmp_path / "nowhere"), "--problems", path, "--out",
+                           str(tmp_path / "o")])
+    with pytest.raises(SystemExit):
+        command_line.main(["--help"])
+    shown = capsys.readouterr().out
+    assert "AQuA: question, options, correct" in shown and "torchrun" in shown and "same command" in shown
