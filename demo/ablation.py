@@ -11,8 +11,9 @@ in no other file; the best one is then trained with each seed and judged on demo
 the same pairs, optimizer steps, batches and beta (demo/args: chosen for Step-DPO, on the development
 problems). Runs that are already there are not repeated.
 
-    python bench/ablation.py          # as many runs at a time as cores, one thread each
+    python demo/ablation.py          # as many runs at a time as cores, one thread each
 """
+
 import argparse
 import hashlib
 import os
@@ -20,28 +21,24 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from statistics import mean
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT, os.path.join(ROOT, "demo")]
+import make
 
-import make  # noqa: E402
-from train import environment, write  # noqa: E402
-
-import stepdpo  # noqa: E402
+sys.path.insert(0, make.ROOT)
+from bench.common import environment, write  # noqa: E402
+from pairs.grading import paired_gain  # noqa: E402
 
 KINDS = {"step": "Step-DPO", "solution": "DPO on whole solutions",
          "written": "Step-DPO, chosen steps not its own"}
-PAIRS, MODEL, TEST, RECIPE = (os.path.join(ROOT, "demo", name)
-                              for name in ("pairs.jsonl", "model", "test.jsonl", "args"))
+PAIRS, TEST = f"{make.HERE}/pairs.jsonl", f"{make.HERE}/test.jsonl"
+MODEL, RECIPE = f"{make.HERE}/model", f"{make.HERE}/args"
 
 
 def run(log: str, *command: str) -> None:
     """A command in a process of one thread. Its output goes to a file, which is named if it fails."""
     with open(log, "a") as file:
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=file, stderr=file,
+        done = subprocess.run([sys.executable, *command], cwd=make.ROOT, stdout=file, stderr=file,
                               env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     if done.returncode:
         sys.exit(f"ablation: {' '.join(command)}: failed; see {log}")
@@ -49,123 +46,146 @@ def run(log: str, *command: str) -> None:
 
 def answers(model: str, problems: str, out: str) -> list[bool]:
     """Whether a model answers each problem rightly, greedily; sampled now unless it was before."""
-    run(out + ".log", "data.py", "solve", "--model", model, "--problems", problems, "--instruction", "",
+    run(f"{out}.log", "-m", "pairs", "solve", "--model", model, "--problems", problems, "--instruction", "",
         "--samples", "1", "--temperature", "0", "--max-new-tokens", "256", "--out", out)
-    rows = {row["prompt"]: row["correct"] for row in make.read(out)}
-    return [rows[row["prompt"]] for row in make.read(problems)]
+    correct = {row["prompt"]: row["correct"] for row in make.read(f"{out}/samples.jsonl")[1:]}
+    return [correct[row["prompt"]] for row in make.read(problems)]
 
 
-def trained(work: str, flags: list[str], kind: str, rate: str, seed: int) -> str:
+def trained(args: argparse.Namespace, kind: str, rate: str, seed: int) -> str:
     """Folder of a run: metrics.jsonl, model/, ..."""
-    out = os.path.join(work, f"{kind}-{rate}-{seed}")
-    if not os.path.exists(os.path.join(out, "model")):
+    out = f"{args.work}/{kind}-{rate}-{seed}"
+    if not os.path.exists(f"{out}/model"):
         shutil.rmtree(out, ignore_errors=True)  # a run that was stopped
-        data = os.path.join(work, "written.jsonl") if kind == "written" else PAIRS
-        run(out + ".log", "stepdpo.py", "@demo/args", "--data", data, "--test-problems=", "--learning-rate",
+        pairs = f"{args.work}/written.jsonl" if kind == "written" else PAIRS
+        run(f"{out}.log", "stepdpo.py", "@demo/args", "--data", pairs, "--test-problems=", "--learning-rate",
             rate, "--seed", str(seed), "--span", "solution" if kind == "solution" else "step",
-            "--output-dir", out, *flags)
+            "--output-dir", out, "--max-steps", args.max_steps)
     return out
+
+
+def tune(args: argparse.Namespace, kind: str, rate: str) -> int:
+    """Development problems that are right with this learning rate."""
+    out = trained(args, kind, rate, args.seeds[0])
+    return sum(answers(f"{out}/model", f"{args.work}/dev.jsonl", f"{out}/dev"))
+
+
+def test(args: argparse.Namespace, kind: str, rate: str, seed: int) -> list[bool]:
+    out = trained(args, kind, rate, seed)
+    return answers(f"{out}/model", TEST, f"{out}/test")
+
+
+def result_of(step: str) -> str:
+    """The number that a step comes to."""
+    return step.rpartition("=")[2].split(" ")[0]
 
 
 def written(pairs: list[dict], problems: list[dict]) -> tuple[list[dict], int]:
     """The pairs, the chosen step in the generator's other words. Where the model's earlier steps are not
     the generator's, it cannot tell the next one, and the pair stays as it is. Returns also how many do."""
-    def result(step: str) -> str:
-        return step.rpartition("=")[2].split(" ")[0]
-
     known, rows, kept = {row["prompt"]: row for row in problems}, [], 0
     for pair in pairs:
         row = known[pair["prompt"]]
         before = [line.partition(": ")[2] for line in pair["initial_reason_steps"].splitlines()[1:-1]]
         k = len(before)
-        if k < len(row["steps"]) and list(map(result, before)) == list(map(result, row["steps"][:k])):
-            last = f"\nThe answer is: {row['answer']}" if k + 1 == len(row["steps"]) else ""
-            pair = {**pair, "chosen": f" {row['other'][k]}{last}"}
+        if k < len(row["steps"]) and list(map(result_of, before)) == list(map(result_of, row["steps"][:k])):
+            is_last = k + 1 == len(row["steps"])
+            end = f"\nThe answer is: {row['answer']}" if is_last else ""
+            rows.append({**pair, "chosen": f" {row['other'][k]}{end}"})
         else:
+            rows.append(pair)
             kept += 1
-        rows.append(pair)
     return rows, kept
 
 
-def agree(work: str, max_steps: str) -> None:
+def refuse_other_runs(args: argparse.Namespace) -> None:
     """Runs of other pairs, of another model or recipe must not be taken for these: exits if there are any."""
-    files = [Path(path) for path in (PAIRS, RECIPE, os.path.join(MODEL, "model.safetensors"))]
-    content = b"".join([*(file.read_bytes() for file in files), max_steps.encode()])
-    key, path = hashlib.sha256(content).hexdigest(), Path(work, "key")
-    if path.exists() and path.read_text() != key:
-        sys.exit(f"ablation: {work} holds runs of other pairs, of another model or recipe; remove it, or "
-                 "choose another --work")
-    path.write_text(key)
+    digest = hashlib.sha256(args.max_steps.encode())
+    for file in (PAIRS, RECIPE, f"{MODEL}/model.safetensors"):
+        digest.update(Path(file).read_bytes())
+    path = Path(args.work, "key")
+    if path.exists() and path.read_text() != digest.hexdigest():
+        sys.exit(f"ablation: {args.work} holds runs of other pairs, of another model or recipe; remove it, "
+                 "or choose another --work")
+    path.write_text(digest.hexdigest())
+
+
+def run_all(args: argparse.Namespace) -> tuple[list[bool], dict, dict, dict]:
+    """(untrained answers, kind -> rate -> right of dev, kind -> best rate, kind -> answers by seed)."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        untrained = pool.submit(answers, MODEL, TEST, f"{args.work}/untrained")
+        jobs = {(kind, rate): pool.submit(tune, args, kind, rate) for kind in KINDS for rate in args.rates}
+        tuned = {kind: {rate: jobs[kind, rate].result() for rate in args.rates} for kind in KINDS}
+        best = {kind: max(right, key=right.get) for kind, right in tuned.items()}
+        jobs = {(kind, seed): pool.submit(test, args, kind, best[kind], seed)
+                for kind in KINDS for seed in args.seeds}
+        after = {kind: [jobs[kind, seed].result() for seed in args.seeds] for kind in KINDS}
+        return untrained.result(), tuned, best, after
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def percent_gain(before: list, after: list) -> tuple[float, float, float]:
+    points, low, high = paired_gain(before, after)
+    return 100 * points, 100 * low, 100 * high
+
+
+def share(right: list[bool]) -> float:
+    return sum(right) / len(right)
+
+
+def table(before: list[bool], best: dict, after: dict) -> list[str]:
+    lines = ["| trained with | learning rate | accuracy by seed | mean gain | 95% interval of the gain |",
+             "|---|---|---|---|---|", f"| nothing | | {share(before):.1%} | | |"]
+    for kind, by_seed in after.items():
+        gains = [percent_gain(before, right) for right in by_seed]
+        accuracies = ", ".join(f"{share(right):.1%}" for right in by_seed)
+        mean = sum(points for points, _, _ in gains) / len(gains)
+        intervals = ", ".join(f"{low:+.1f} to {high:+.1f}" for _, low, high in gains)
+        lines.append(f"| {KINDS[kind]} | {best[kind]} | {accuracies} | {mean:+.1f} | {intervals} |")
+    return lines
+
+
+def step_over(after: dict) -> dict[str, tuple[float, float, float]]:
+    """Step-DPO over each other kind: points and interval, paired by problem, on average over the seeds."""
+    shares = {kind: [share(of_problem) for of_problem in zip(*by_seed, strict=True)]
+              for kind, by_seed in after.items()}
+    return {kind: percent_gain(shares[kind], shares["step"]) for kind in KINDS if kind != "step"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", default=os.path.join(ROOT, "runs/ablation"), help="folder of the runs")
-    parser.add_argument("--out", default=os.path.join(ROOT, "bench/results/ablation.json"), help="JSON")
-    parser.add_argument("--rates", nargs="+", default=["1e-5", "3e-5", "1e-4"],
-                        help="learning rates to choose from")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2],
-                        help="of training; the first one tunes")
-    parser.add_argument("--problems", type=int, default=1000, help="development problems")
-    parser.add_argument("--max-steps", default="0", help="of stepdpo.py, to try this script")
+    add = parser.add_argument
+    add("--work", default=f"{make.ROOT}/runs/ablation", type=os.path.abspath, help="folder of the runs")
+    add("--out", default=f"{make.ROOT}/bench/results/ablation.json", help="JSON")
+    add("--rates", nargs="+", default=["1e-5", "3e-5", "1e-4"], help="learning rates to choose from")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training; the first one tunes")
+    add("--problems", type=int, default=1000, help="development problems")
+    add("--max-steps", default="0", help="of stepdpo.py, to try this script")
     args = parser.parse_args()
-    work = os.path.abspath(args.work)
-    os.makedirs(work, exist_ok=True)
 
+    os.makedirs(args.work, exist_ok=True)
+    refuse_other_runs(args)
     sets = make.problem_sets(make.SEED, dev=args.problems)
-    dev = os.path.join(work, "dev.jsonl")
-    make.write(dev, [dict(prompt=row["prompt"], answer=row["answer"]) for row in sets["dev"]])
+    make.write(f"{args.work}/dev.jsonl", make.only(sets["dev"], "prompt", "answer"))
     rows, kept = written(make.read(PAIRS), sets["problems"])
-    make.write(os.path.join(work, "written.jsonl"), rows)
-    agree(work, args.max_steps)
-    train = partial(trained, work, ["--max-steps", args.max_steps])
-
-    def tune(kind: str, rate: str) -> int:
-        out = train(kind, rate, args.seeds[0])
-        return sum(answers(os.path.join(out, "model"), dev, os.path.join(out, "dev.jsonl")))
-
-    def test(kind: str, rate: str, seed: int) -> list[bool]:
-        out = train(kind, rate, seed)
-        return answers(os.path.join(out, "model"), TEST, os.path.join(out, "test.jsonl"))
-
-    pool = ThreadPoolExecutor(os.cpu_count())
-    try:
-        untrained = pool.submit(answers, MODEL, TEST, os.path.join(work, "untrained.jsonl"))
-        tuned = {kind: {rate: pool.submit(tune, kind, rate) for rate in args.rates} for kind in KINDS}
-        tuned = {kind: {rate: job.result() for rate, job in jobs.items()} for kind, jobs in tuned.items()}
-        best = {kind: max(found, key=found.get) for kind, found in tuned.items()}
-        jobs = {kind: [pool.submit(test, kind, best[kind], seed) for seed in args.seeds] for kind in KINDS}
-        after = {kind: [job.result() for job in found] for kind, found in jobs.items()}
-        before = untrained.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-    def row(name: str, rate: str, results: list[list[bool]]) -> str:
-        shares = [f"{sum(result) / len(result):.1%}" for result in results]
-        gains = [[100 * x for x in stepdpo.paired_gain(before, result)] for result in results]
-        return (f"| {name} | {rate} | {', '.join(shares)} | {mean(points for points, _, _ in gains):+.1f} | "
-                + ", ".join(f"{low:+.1f} to {high:+.1f}" for _, low, high in gains) + " |")
+    make.write(f"{args.work}/written.jsonl", rows)
+    before, tuned, best, after = run_all(args)
 
     print(f"\n{args.problems} development problems, right with each learning rate:")
     for kind, found in tuned.items():
         print(f"  {KINDS[kind]}: {', '.join(f'{rate}: {n}' for rate, n in found.items())}")
-    print(f"\n{len(before)} test problems:\n\n| trained with | learning rate | accuracy by seed | mean gain "
-          "| 95% interval of the gain by seed |\n|---|---|---|---|---|")
-    print(f"| nothing | | {sum(before) / len(before):.1%} | | |")
-    print(*(row(KINDS[kind], best[kind], after[kind]) for kind in KINDS), sep="\n")
-    over = {}
-    for kind in list(KINDS)[1:]:  # paired by problem, in the mean over the seeds
-        shares = [[sum(each) / len(each) for each in zip(*after[which], strict=True)]
-                  for which in (kind, "step")]
-        over[kind] = [100 * x for x in stepdpo.paired_gain(*shares)]
-        points, low, high = over[kind]
+    print(f"\n{len(before)} test problems:\n", *table(before, best, after), sep="\n")
+    over = step_over(after)
+    for kind, (points, low, high) in over.items():
         print(f"\nStep-DPO over {KINDS[kind]}: {points:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}")
     print(f"\nIn the last row {kept} of {len(rows)} chosen steps are the model's own all the same.")
-    write(args.out, environment() | dict(
-        best=best, problems=len(before), before=sum(before), seeds=args.seeds, step_over=over, kept=kept,
-        right={kind: [sum(result) for result in results] for kind, results in after.items()},
-        development=dict(problems=args.problems, right=tuned)))
+    right = {kind: [sum(each) for each in by_seed] for kind, by_seed in after.items()}
+    write(args.out, {**environment(), "best": best, "problems": len(before), "before": sum(before),
+                     "seeds": args.seeds, "step_over": over, "kept": kept, "right": right,
+                     "development": {"problems": args.problems, "right": tuned}})
 
 
 if __name__ == "__main__":

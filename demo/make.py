@@ -1,20 +1,23 @@
 #!/usr/bin/env python3
 """Makes everything in demo/ from nothing: problems, a model that solves about half of them, its step pairs.
 
-    python demo/make.py               # 20 minutes on 2 cores of an AMD EPYC
+    python demo/make.py                               # 20 minutes on 2 cores of an AMD EPYC
+    python demo/make.py --problems problems.jsonl     # only the problems that pairs are made of, in seconds
 
 1. 48,000 word problems of 2 to 5 dependent steps with worked solutions, 6,000 others to make pairs of, and
    500 to test on. No problem is in two sets.
-2. A Qwen2 of 1.3M random parameters learns the worked solutions (bench/sft.py, 1,500 steps of 32). Some of
+2. A Qwen2 of 1.3M random parameters learns the worked solutions (demo/sft.py, 1,500 steps of 32). Some of
    these are wrong, as what a language model learns from is: people overlook the "each" in "9 pens to each of
    4 friends" and add where "fewer" asks for a difference, and so do the solutions, in 3 of 5 such places.
    The rest of the model's errors are arithmetic that it has not learned yet.
-3. Step pairs out of the model's own samples (data.py build --by rollouts). Nobody tells which step is wrong:
-   only the final answers are known. The pairs of the last 300 problems are held out for evaluation.
+3. Step pairs out of the model's own samples (python -m pairs build). Nobody tells which step is wrong: only
+   the final answers are known. The pairs of the last 300 problems are held out for evaluation.
 
-Run twice on one machine it gave the same bytes, but for the order of the pairs: two processes write them as
-they finish. Another kind of processor or version of torch rounds otherwise, and so gives another model.
+Run twice on one machine it gives the same bytes. (demo/pairs.jsonl has the same pairs in another order: that
+in which an earlier version wrote them.) Another kind of processor or version of torch rounds otherwise, and
+so gives another model.
 """
+
 import argparse
 import json
 import os
@@ -22,7 +25,6 @@ import random
 import shutil
 import subprocess
 import sys
-from functools import partial
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 HERE = os.path.join(ROOT, "demo")
@@ -182,7 +184,7 @@ def problem_sets(seed: int, **counts: int) -> dict[str, list[dict]]:
 
 
 def worked(row: dict) -> str:
-    """The solution that is taught, in the format that bench/sft.py reads (GSM8K's)."""
+    """The solution that is taught, in the format that demo/sft.py reads (GSM8K's)."""
     return "\n".join([*row["taught"], f"#### {row['taught_answer']}"])
 
 
@@ -232,33 +234,47 @@ def read(path: str) -> list[dict]:
         return [json.loads(line) for line in file]
 
 
+def only(rows: list[dict], *names: str) -> list[dict]:
+    return [{name: row[name] for name in names} for row in rows]
+
+
+def make_pairs(model: str, problems: str, work: str) -> list[dict]:
+    run(1, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "pairs", "build", "--by", "rollouts",
+        "--model", model, "--problems", problems, "--instruction", "", "--samples", "4", "--rollouts", "4",
+        "--confirmations", "8", "--rectify-samples", "8", "--max-new-tokens", "200",
+        "--batch-tokens", "65536", "--seed", str(SEED), "--out", f"{work}/build")
+    return read(f"{work}/build/pairs.jsonl")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=HERE, help="folder to write to (default: this one)")
     parser.add_argument("--work", default=os.path.join(ROOT, "runs/make"),
                         help="folder for what lies in between (default: runs/make)")
+    parser.add_argument("--problems", metavar="FILE", help="write the problems to FILE, and nothing else")
     args = parser.parse_args()
-    work, out = (partial(os.path.join, os.path.abspath(folder)) for folder in (args.work, args.out))
-    shutil.rmtree(args.work, ignore_errors=True)  # data.py would continue what it finds there
-    os.makedirs(args.work)
-    os.makedirs(args.out, exist_ok=True)
     sets = problem_sets(SEED)
-    write(work("train.jsonl"), [dict(question=row["prompt"], answer=worked(row)) for row in sets["train"]])
-    for name in ("test", "problems"):
-        write(out(f"{name}.jsonl"), [dict(prompt=row["prompt"], answer=row["answer"]) for row in sets[name]])
+    if args.problems:
+        write(args.problems, only(sets["problems"], "prompt", "answer"))
+        return
 
-    new_model(work("random"), sets["train"][:4000])
-    run(2, "bench/sft.py", "--model", work("random"), "--data", work("train.jsonl"), "--instruction", "",
-        "--learning-rate", "2e-3", "--batch-size", "32", "--seed", str(SEED), "--out", out("model"))
-    run(1, "-m", "torch.distributed.run", "--nproc_per_node", "2", "data.py", "build", "--by", "rollouts",
-        "--model", out("model"), "--problems", out("problems.jsonl"), "--instruction", "", "--samples", "4",
-        "--rollouts", "4", "--confirmations", "8", "--rectify-samples", "8", "--max-new-tokens", "200",
-        "--batch-tokens", "65536", "--seed", str(SEED), "--out", work("build"))
+    work, out = os.path.abspath(args.work), os.path.abspath(args.out)
+    shutil.rmtree(work, ignore_errors=True)  # or the stages would go on from what they find there
+    os.makedirs(work)
+    os.makedirs(out, exist_ok=True)
+    taught = [{"question": row["prompt"], "answer": worked(row)} for row in sets["train"]]
+    write(f"{work}/train.jsonl", taught)
+    write(f"{work}/problems.jsonl", only(sets["problems"], "prompt", "answer"))
+    write(f"{out}/test.jsonl", only(sets["test"], "prompt", "answer"))
+
+    new_model(f"{work}/random", sets["train"][:4000])
+    run(2, "demo/sft.py", "--model", f"{work}/random", "--data", f"{work}/train.jsonl", "--instruction", "",
+        "--learning-rate", "2e-3", "--batch-size", "32", "--seed", str(SEED), "--out", f"{out}/model")
+    pairs = make_pairs(f"{out}/model", f"{work}/problems.jsonl", work)
     held_out = {row["prompt"] for row in sets["problems"][-HELD_OUT:]}
-    pairs = read(work("build/pairs.jsonl"))
-    write(out("pairs.jsonl"), [pair for pair in pairs if pair["prompt"] not in held_out])
-    write(out("eval_pairs.jsonl"), [pair for pair in pairs if pair["prompt"] in held_out])
+    write(f"{out}/pairs.jsonl", [pair for pair in pairs if pair["prompt"] not in held_out])
+    write(f"{out}/eval_pairs.jsonl", [pair for pair in pairs if pair["prompt"] in held_out])
 
 
 if __name__ == "__main__":

@@ -5,15 +5,14 @@ interval (that of the difference, which stepdpo.py prints, is narrower: the prob
 
     python demo/plot.py runs/demo --out demo/result.png          # several folders: several lines
 """
+
 import argparse
 import json
 import os
 import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-
-from data import wilson  # noqa: E402
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from pairs.grading import wilson_interval  # noqa: E402
 
 
 def rows(folder: str, name: str) -> list[dict]:
@@ -23,6 +22,30 @@ def rows(folder: str, name: str) -> list[dict]:
         sys.exit(f"plot: {path} is not there; a whole run with --eval-data and --test-problems makes it")
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+def plot_along_training(folder: str, accuracy, margin) -> None:
+    evaluations = [row for row in rows(folder, "metrics.jsonl") if "eval/loss" in row]
+    steps = [row["step"] for row in evaluations]
+    # At step 0 policy and reference are the same, so no reward is the larger one: undefined, not 0%.
+    ranked = [100 * row["eval/rewards/accuracies"] for row in evaluations[1:]]
+    accuracy.plot(steps[1:], ranked, ".-")
+    margin.plot(steps, [row["eval/rewards/margins"] for row in evaluations], ".-")
+
+
+def plot_before_and_after(folder: str, axes) -> int:
+    """Returns the number of problems."""
+    shares, below, above = [], [], []
+    for when in ("before", "after"):
+        correct = [row["correct"] for row in rows(folder, f"{when}.jsonl")[1:]]  # the first line: settings
+        share, n = sum(correct) / len(correct), len(correct)
+        low, high = wilson_interval(sum(correct), n)
+        shares.append(100 * share)
+        below.append(100 * (share - low))
+        above.append(100 * (high - share))
+    name = os.path.basename(os.path.normpath(folder))
+    axes.errorbar(["before", "after"], shares, [below, above], fmt="o-", capsize=4, label=name)
+    return n
 
 
 def main() -> None:
@@ -37,25 +60,15 @@ def main() -> None:
         from matplotlib import pyplot
     except ImportError:
         sys.exit("plot: pip install matplotlib")
+
     figure, (accuracy, margin, greedy) = pyplot.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
-    for run in args.runs:
-        evaluations = [row for row in rows(run, "metrics.jsonl") if "eval/loss" in row]
-        steps, label = [row["step"] for row in evaluations], os.path.basename(os.path.normpath(run))
-        # At step 0 policy and reference are the same, so no reward is the larger one: undefined, not 0%.
-        ranked = [100 * row["eval/rewards/accuracies"] for row in evaluations]
-        accuracy.plot(steps[1:], ranked[1:], ".-", label=label)
-        margin.plot(steps, [row["eval/rewards/margins"] for row in evaluations], ".-", label=label)
-        solved = [[row["correct"] for row in rows(run, f"{when}.jsonl")] for when in ("before", "after")]
-        share = [100 * sum(right) / len(right) for right in solved]
-        bounds = [[100 * bound for bound in wilson(sum(right), len(right))] for right in solved]
-        spread = [[s - low for s, (low, _) in zip(share, bounds, strict=True)],
-                  [high - s for s, (_, high) in zip(share, bounds, strict=True)]]
-        greedy.errorbar(["before", "after"], share, spread, fmt="o-", capsize=4, label=label)
+    for folder in args.runs:
+        plot_along_training(folder, accuracy, margin)
+        n = plot_before_and_after(folder, greedy)
     accuracy.set(title="chosen ranked above rejected", xlabel="optimizer step", ylabel="held-out pairs, %",
                  xlim=0, ylim=(50, 100))
     margin.set(title="reward margin", xlabel="optimizer step", ylabel="nats")
-    greedy.set(title="problems solved greedily", ylabel=f"of {len(solved[0])} held-out problems, %",
-               xlim=(-0.5, 1.5))
+    greedy.set(title="problems solved greedily", ylabel=f"of {n} held-out problems, %", xlim=(-0.5, 1.5))
     for axes in (accuracy, margin, greedy):
         axes.grid(alpha=0.3)
     if len(args.runs) > 1:

@@ -1,0 +1,146 @@
+"""The demo: its problems, its files, its recipe, supervised training."""
+
+import operator
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+
+import data
+from conftest import ENVIRONMENT, HERE, TORCHRUN, rows_of, write_jsonl
+from pairs.grading import is_correct
+from pairs.problems import STEP_PREFIX, find_steps
+
+sys.path.insert(0, str(HERE / "demo"))
+import ablation  # noqa: E402
+import make  # noqa: E402
+import sft  # noqa: E402
+
+GSM8K = dict(question="Tom has 48/2 pens and buys 3. How many?",
+             answer="He has 48/2=<<48/2=24>>24.\nSo 24+3=27.\n#### 27")
+
+
+@pytest.fixture(scope="session")
+def sets():
+    return make.problem_sets(make.SEED)
+
+
+def test_problems_are_right_and_no_two_sets_share_one(sets):
+    prompts = [row["prompt"] for rows in sets.values() for row in rows]
+    assert len(set(prompts)) == len(prompts)
+    compute = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+    for row in sets["test"] + sets["problems"]:
+        assert 2 <= len(row["steps"]) == len(row["other"]) <= 5
+        for own, other in zip(row["steps"], row["other"], strict=True):
+            results = []
+            for step in (own, other):
+                sums = re.findall(r"(\d+)([-+*/])(\d+)=(\d+)", step)
+                for left, sign, right, result in sums:
+                    assert compute[sign](int(left), int(right)) == int(result) >= 0, step
+                results.append(sums[-1][3])
+            assert own != other and results[0] == results[1]
+        assert results[0] == row["answer"]
+
+
+def test_problems_can_be_made_again_in_seconds(sets, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["make.py", "--problems", str(tmp_path / "problems.jsonl")])
+    make.main()
+    assert rows_of(tmp_path / "problems.jsonl") == make.only(sets["problems"], "prompt", "answer")
+    assert rows_of(HERE / "demo/test.jsonl") == make.only(sets["test"], "prompt", "answer")
+
+
+def test_demo_is_small_ordinary_and_its_pairs_are_of_its_problems(sets):
+    files = [path for path in (HERE / "demo").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert sum(path.stat().st_size for path in files) <= 5e6
+    model = transformers.AutoModelForCausalLM.from_pretrained(HERE / "demo/model")
+    assert type(model).__name__ == "Qwen2ForCausalLM" and model.dtype == torch.bfloat16
+    assert 1e6 < sum(parameter.numel() for parameter in model.parameters()) < 3e6
+    answers = {row["prompt"]: row["answer"] for row in sets["problems"]}
+    used = []
+    for name in ("pairs", "eval_pairs"):
+        rows = rows_of(HERE / f"demo/{name}.jsonl")
+        used.append({row["prompt"] for row in rows})
+        for row in rows:
+            assert row["answer"] == answers[row["prompt"]]
+            assert is_correct(row["initial_reason_steps"] + row["full_chosen"], row["answer"])
+            assert not is_correct(row["initial_reason_steps"] + row["full_rejected"], row["answer"])
+    assert not used[0] & used[1]
+
+
+def test_recipe_trains_evaluates_and_shows_accuracy_before_and_after(tmp_path):
+    """The README's first command, with few optimizer steps."""
+    command = [*TORCHRUN, "2", "stepdpo.py", "@demo/args", "--max-steps", "4", "--output-dir",
+               str(tmp_path / "out")]
+    environment = ENVIRONMENT | {"STEPDPO_CACHE": str(tmp_path)}
+    first = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=600, env=environment)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert re.search(r"^step    0   held-out loss 0\.6931, margin \+0\.0000, accuracy -$", first.stdout, re.M)
+    found = re.search(r"accuracy    before (\d+\.\d)%, after (\d+\.\d)% on 500 held-out problems: "
+                      r"[+-]\d+\.\d points, 95% interval [+-]\d+\.\d to [+-]\d+\.\d", first.stdout)
+    assert found and 50 <= float(found[1]) <= 70
+    for number, when in enumerate(("before", "after"), 1):
+        right = [row["correct"] for row in rows_of(tmp_path / f"out/{when}.jsonl")[1:]]
+        right += [row["correct"] for row in rows_of(tmp_path / f"out/{when}.rank1.jsonl")[1:]]
+        assert len(right) == 500 and f"{sum(right) / 500:.1%}" == found[number] + "%"
+    evaluations = [row for row in rows_of(tmp_path / "out/metrics.jsonl") if "eval/loss" in row]
+    assert [row["step"] for row in evaluations] == [0, 4]
+
+    again = subprocess.run([*command, "--resume"], cwd=HERE, capture_output=True, text=True, timeout=600,
+                           env=environment)
+    assert "finished    already" in again.stdout and found[0] in again.stdout  # a stop loses nothing
+
+
+def test_foreign_chosen_steps_are_right_and_in_other_words(sets):
+    pairs = rows_of(HERE / "demo/pairs.jsonl")
+    rows, kept = ablation.written(pairs, sets["problems"])
+    changed = [new for old, new in zip(pairs, rows, strict=True) if old["chosen"] != new["chosen"]]
+    assert len(changed) == len(rows) - kept > 0.9 * len(rows)
+    last = [row for row in changed if "The answer is" in row["chosen"]]
+    assert last and all(is_correct(row["chosen"], row["answer"]) for row in last)
+
+
+def test_supervised_rows_are_numbered_steps_that_the_pipeline_reads(tokenizer):
+    solution = sft.steps_of(GSM8K, "here")
+    assert solution == ("Let's think step by step.\nStep 1: He has 48/2=24.\nStep 2: So 24+3=27.\n"
+                        "The answer is: 27")
+    assert len(find_steps(solution)) == 2 and is_correct(solution, "27")
+    assert solution.startswith(STEP_PREFIX)
+    ids, question = sft.encode(tokenizer, GSM8K, "here")
+    assert tokenizer.decode(ids[question:]) == solution + tokenizer.eos_token  # EOS: an answer ends
+    assert tokenizer.decode(ids[:question]) == data.open_turn(tokenizer, GSM8K["question"], "chat")
+    for bad in (dict(question="x", answer="7"), dict(question="x", answer="#### 7"), dict(question="x")):
+        with pytest.raises(ValueError, match="f:3: "):
+            sft.steps_of(bad, "f:3")
+
+
+def test_supervised_loss_is_that_of_the_answer_alone(tiny, tokenizer):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    examples = [sft.encode(tokenizer, GSM8K, ""),
+                sft.encode(tokenizer, GSM8K | dict(answer="Three.\n#### 3"), "")]
+    total = tokens = 0
+    for ids, question in examples:  # one by one, by the library's own loss
+        labels = torch.tensor([[-100] * question + ids[question:]])
+        count = len(ids) - question
+        total += model(torch.tensor([ids]), labels=labels).loss.item() * count
+        tokens += count
+    assert sft.loss_of(model, examples).item() == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_supervised_training_writes_a_model_that_has_learned(tiny, tmp_path, monkeypatch, capsys):
+    path = write_jsonl(tmp_path / "rows.jsonl", [GSM8K] * 12)
+    flags = ["--model", tiny, "--data", path, "--rows", ":-4", "--out", str(tmp_path / "out"), "--epochs=12",
+             "--batch-size=4", "--learning-rate=0.02"]
+    monkeypatch.setattr(sys, "argv", ["sft.py", *flags])
+    sft.main()
+    assert "8 rows, 24 steps of 4" in capsys.readouterr().out and os.listdir(tmp_path / "out")
+    after, before = (transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+                     for folder in (tmp_path / "out", tiny))
+    examples = [sft.encode(transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), GSM8K, "")]
+    assert sft.loss_of(after, examples) < 0.5 * sft.loss_of(before, examples)
+    monkeypatch.setattr(sys, "argv", ["sft.py", *flags, "--rows", "50:"])
+    with pytest.raises(SystemExit, match="sft: .*no rows left of 0"):
+        sft.main()
