@@ -3,11 +3,10 @@
 #
 #     bench/gpu.sh [RESULTS]          # RESULTS: folder for the JSON, default bench/results
 #
-# The CUDA tests, then the tables of loss.py, train.py and scaling.py. A stage whose JSON is there for this device
-# is done: what did not fit in the time runs when the same command is given again (train.py goes on within a
-# stage). Delete the JSON to measure anew. LOSS="--skip cce" passes flags to loss.py, for a peer that hangs. PYTHON
-# names the interpreter. MODEL (its tokenizer counts) and DATA are the pairs of train.py and scaling.py; without
-# them train.py takes the demo's, which are short, and scaling.py made-up ones.
+# The CUDA tests, then the tables of loss.py and train.py. A stage whose JSON is there for this device is done:
+# what did not fit in the time runs when the same command is given again (train.py goes on within a stage). Delete
+# the JSON to measure anew. LOSS="--skip cce" passes flags to loss.py, for a peer that hangs. PYTHON names the
+# interpreter. MODEL (its tokenizer counts) and DATA are the pairs of train.py, by default the demo's, which are short.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-python3}
@@ -39,20 +38,9 @@ then
 fi
 # shellcheck disable=SC2086
 stage loss 300 "$python" bench/loss.py ${LOSS:-} --out "$results/loss-$device.json"
-model=(--model "${MODEL:-demo/model}")
-compare() { # SHAPE: ours, TRL's defaults, and what may be TRL's best
-    stage "train-$1" 500 "$python" bench/train.py --shape "$1" "${model[@]}" --data "${DATA:-demo/pairs.jsonl}" \
-        --batch-size 64 --steps 6 --trl-micro-batch 8 32 --only '^ours|^trl$|^trl, precomputed$|liger' \
-        --out "$results/train-$1-$device.json"
-}
-compare qwen2-7b
-if [[ -s $results/train-qwen2-7b-$device.json ]]; then
-    stage scaling 300 "$python" bench/scaling.py --shape qwen2-1.5b "${model[@]}" ${DATA:+--data "$DATA"} \
-        --out "$results/scaling-$device.json"
-else
-    echo "== scaling: waits for train-qwen2-7b, whose utilisation it projects from"
-    status=1
-fi
-compare qwen2-1.5b
-compare qwen2-0.5b
+for shape in qwen2-7b qwen2-1.5b qwen2-0.5b; do # ours, TRL's defaults, and what may be TRL's best
+    stage "train-$shape" 500 "$python" bench/train.py --shape "$shape" --model "${MODEL:-demo/model}" \
+        --data "${DATA:-demo/pairs.jsonl}" --batch-size 64 --steps 6 --trl-micro-batch 8 32 \
+        --only '^ours|^trl$|^trl, precomputed$|liger' --out "$results/train-$shape-$device.json"
+done
 exit $status

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Per-token log-probabilities, forward and backward: time, memory and error of ours and of every peer.
 
     python bench/loss.py                                           # the GPU's shapes, or small ones on a CPU
@@ -27,30 +28,27 @@ import importlib.util
 import os
 import re
 import sys
+from collections.abc import Callable
 from itertools import accumulate
 from statistics import median
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts a CPU's memory, talks to stderr
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from common import CUDA, HERE, announced_environment, seconds, write  # noqa: E402 (and the root to import from)
 from torch import Tensor  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
-from train import HERE, announced_environment, seconds, write  # noqa: E402 (and the root to import from)
 
 import kernels  # noqa: E402
 
-CUDA = torch.cuda.is_available()
 SHAPES = ["1024,8192,152064", "2048,3584,152064", "4096,4096,128256", "512,2048,151936"] if CUDA else \
          ["256,576,49152", "64,896,151936"]  # on a CPU the heads of SmolLM2-135M and Qwen2-0.5B
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ERRORS = ("logps", "dhidden", "dweight", "untargeted")
+Inputs = tuple[Tensor, Tensor, Tensor]  # hidden (T, D), weight (V, D), targets (T,)
 
 # ---------------------------------------------------------------------------------------------------- methods
 # Each makes a function (hidden, weight, targets) -> logps, and imports what it needs only then.
-
-
-def plain():
-    return lambda h, w, t: (h @ w.T).float().log_softmax(-1).gather(1, t[:, None])[:, 0]
 
 
 def compiled():
@@ -59,9 +57,11 @@ def compiled():
         logits = (h @ w.T).float()
         return logits.gather(1, t[:, None])[:, 0] - logits.logsumexp(-1)
 
-    return lambda h, w, t: torch.cat([  # the checkpoint drops each chunk's logits until backward
-        checkpoint(chunk_logps, *chunk, use_reentrant=False)
-        for chunk in zip(h.chunk(8), [w] * 8, t.chunk(8), strict=False)])
+    def logps(h, w, t):  # the checkpoint drops each chunk's logits until backward
+        chunks = zip(h.chunk(8), t.chunk(8), strict=True)
+        return torch.cat([checkpoint(chunk_logps, hidden, w, targets, use_reentrant=False)
+                          for hidden, targets in chunks])
+    return logps
 
 
 def torch_own():
@@ -96,7 +96,7 @@ def quack():
 
 METHODS = {  # name: (maker, modules to be installed, whether it needs CUDA, what it gives per token)
     "ours": (lambda: kernels.linear_logps, (), False, "yes"),
-    "plain": (plain, (), False, "yes"),
+    "plain": (lambda: kernels.plain_logps, (), False, "yes"),
     "compiled": (compiled, (), False, "yes"),
     "torch": (torch_own, (), False, "yes"),
     "liger": (liger, ("liger_kernel",), True, "yes"),
@@ -109,15 +109,18 @@ METHODS = {  # name: (maker, modules to be installed, whether it needs CUDA, wha
 
 def why_not(name: str, skip: list[str]) -> str | None:
     _, modules, needs_cuda, _ = METHODS[name]
-    if absent := [module for module in modules if importlib.util.find_spec(module) is None]:
+    absent = [module for module in modules if importlib.util.find_spec(module) is None]
+    if absent:
         return f"not installed (module {', '.join(absent)})"
-    return "needs CUDA" if needs_cuda and not CUDA else "left out by --skip" if name in skip else None
+    if needs_cuda and not CUDA:
+        return "needs CUDA"
+    return "left out by --skip" if name in skip else None
 
 
-def bare_gemms(hidden: Tensor, weight: Tensor):
+def bare_gemms(hidden: Tensor, weight: Tensor) -> Callable[[], None]:
     logits, dhidden, dweight = hidden @ weight.T, torch.empty_like(hidden), torch.empty_like(weight)
 
-    def run():  # logits stand in for their gradient: GEMMs on zeros would be faster
+    def run() -> None:  # logits stand in for their gradient: GEMMs on zeros would be faster
         torch.mm(hidden, weight.T, out=logits)
         torch.mm(logits, weight, out=dhidden)
         torch.mm(logits.T, hidden, out=dweight)
@@ -127,7 +130,7 @@ def bare_gemms(hidden: Tensor, weight: Tensor):
 # -------------------------------------------------------------------------------------------------- measuring
 
 
-def peak_bytes(run) -> int:
+def extra_bytes(run: Callable[[], None]) -> int:
     """The most that `run` holds at any moment beyond what was held before."""
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
@@ -141,8 +144,9 @@ def peak_bytes(run) -> int:
 
 
 @torch.no_grad()
-def truth(hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor, tokens: Tensor, rows: Tensor):
+def truth(inputs: Inputs, upstream: Tensor, tokens: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """In fp64: all log-probabilities, dhidden[tokens] and dweight[rows] for upstream = dL/dlogps."""
+    hidden, weight, targets = inputs
     hidden, upstream, hit = hidden.double(), upstream.double()[:, None], weight[targets].double()
     lse, dhidden = torch.full_like(upstream, float("-inf")), hit[tokens]
     for block in weight.split(4096):
@@ -154,59 +158,87 @@ def truth(hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor, tok
     return (hidden * hit).sum(1) - lse[:, 0], upstream[tokens] * dhidden, dweight
 
 
-def measure(T: int, D: int, V: int, dtype: torch.dtype, repeats: int, skip: list[str]) -> dict:
-    """{"bare" and each method: its numbers, or "missing" with the reason}."""
+def make_inputs(T: int, D: int, V: int, dtype: torch.dtype) -> Inputs:
     torch.manual_seed(0)
     with torch.device("cuda" if CUDA else "cpu"):
         weight = torch.randn(V, D, dtype=dtype).mul_(4 * D**-0.5).requires_grad_()
-        targets, tokens = torch.randint(V, (T,)), torch.arange(min(T, 64))
+        targets = torch.randint(V, (T,))
         hidden = (torch.randn(T, D, dtype=dtype) + weight.detach()[targets]).requires_grad_()
-        upstreams = {True: torch.randn(T), False: torch.ones(T)}  # ones, for what only gives the sum
-        targeted = torch.zeros(V, dtype=torch.bool).index_fill_(0, targets, True)
-    some, others = (mask.nonzero()[:, 0][:128] for mask in (targeted, ~targeted))
-    truths, results, runs = {}, {}, {}
-    for name, (make, _, _, per_token) in METHODS.items():
-        if reason := why_not(name, skip):
-            results[name] = {"missing": reason}
-            continue
-        print(f"{name} ...", file=sys.stderr, flush=True)  # names the culprit, if one hangs or crashes
-        each = per_token != "sum only"
-        try:
-            function = make()
+    return hidden, weight, targets
 
-            def run(function=function, each=each):
-                out = function(hidden, weight, targets)
-                upstream = upstreams[True].to(out.dtype) if each else None
-                return out.detach(), *torch.autograd.grad(out, (hidden, weight), upstream)
 
-            out, dhidden, dweight = run()
-            if each not in truths:
-                truths[each] = truth(hidden, weight, targets, upstreams[each], tokens,
-                                     torch.cat([some, others]))
-            logps, *true = truths[each]
-            error = (out - logps).square().mean().sqrt() if each else (out - logps.sum()).abs() / T
-            pairs = [(dhidden[tokens], true[0]), (dweight[some], true[1][:len(some)]),
-                     (dweight[others], true[1][len(some):])]
-            errors = [error.item()] + [((x - y).norm() / y.norm()).item() for x, y in pairs]
-            if each and out.dtype != torch.float32:
-                per_token = f"rounded to {str(out.dtype).removeprefix('torch.')}"
-            del out, dhidden, dweight, pairs
-            extra = peak_bytes(run) - (T + V) * D * dtype.itemsize
-        except Exception as failure:  # that a peer fails is a result
-            seconds(lambda: None)     # but if it broke the device, the run ends here
-            reason = (str(failure).strip() or "no message").splitlines()[0]
-            results[name] = {"missing": f"{type(failure).__name__}: {reason}"[:160]}
-            continue
-        runs[name] = run
-        results[name] = dict(zip(ERRORS, errors, strict=True), extra_bytes=extra, per_token=per_token)
-    runs["bare"], results["bare"] = bare_gemms(hidden.detach(), weight.detach()), {}
+def try_method(name: str, inputs: Inputs) -> tuple[dict, Callable | None]:
+    """(its errors and memory, or {"missing": why}; a call of it to be timed)."""
+    print(f"{name} ...", file=sys.stderr, flush=True)  # names the culprit, if one hangs or crashes
+    make, _, _, per_token = METHODS[name]
+    try:
+        run = forward_and_backward(make(), inputs, sum_only=per_token == "sum only")
+        result = errors_of(run(), inputs, per_token)
+        gradients = (inputs[0].numel() + inputs[1].numel()) * inputs[0].itemsize
+        result["extra_bytes"] = extra_bytes(run) - gradients
+    except Exception as failure:  # that a peer fails is a result
+        seconds(lambda: None)     # but if it broke the device, the run ends here
+        reason = (str(failure).strip() or "no message").splitlines()[0]
+        return {"missing": f"{type(failure).__name__}: {reason}"[:160]}, None
+    return result, run
+
+
+def upstream_of(inputs: Inputs, sum_only: bool) -> Tensor:
+    """A gradient per token, or ones for what only gives the sum."""
+    hidden = inputs[0]
+    if sum_only:
+        return torch.ones(len(hidden), device=hidden.device)
+    return torch.randn(len(hidden), generator=torch.Generator().manual_seed(1)).to(hidden.device)
+
+
+def forward_and_backward(function: Callable, inputs: Inputs, sum_only: bool) -> Callable:
+    upstream = upstream_of(inputs, sum_only)
+
+    def run() -> tuple[Tensor, Tensor, Tensor]:
+        out = function(*inputs)
+        gradient = None if sum_only else upstream.to(out.dtype)
+        return out.detach(), *torch.autograd.grad(out, inputs[:2], gradient)
+    return run
+
+
+def errors_of(results: tuple[Tensor, Tensor, Tensor], inputs: Inputs, per_token: str) -> dict:
+    out, dhidden, dweight = results
+    hidden, weight, targets = inputs
+    tokens = torch.arange(min(len(hidden), 64), device=hidden.device)
+    is_target = torch.zeros(len(weight), dtype=torch.bool, device=hidden.device).index_fill_(0, targets, True)
+    some, others = is_target.nonzero()[:128, 0], (~is_target).nonzero()[:128, 0]
+    sum_only = per_token == "sum only"
+    logps, true_dhidden, true_dweight = truth(inputs, upstream_of(inputs, sum_only), tokens,
+                                              torch.cat([some, others]))
+
+    def apart(x: Tensor, exact: Tensor) -> float:
+        return ((x - exact).norm() / exact.norm()).item()
+
+    error = (out - logps.sum()).abs() / len(hidden) if sum_only else (out - logps).square().mean().sqrt()
+    if not sum_only and out.dtype != torch.float32:
+        per_token = f"rounded to {str(out.dtype).removeprefix('torch.')}"
+    return {"logps": error.item(), "dhidden": apart(dhidden[tokens], true_dhidden),
+            "dweight": apart(dweight[some], true_dweight[:len(some)]),
+            "untargeted": apart(dweight[others], true_dweight[len(some):]), "per_token": per_token}
+
+
+def measure(inputs: Inputs, repeats: int, skip: list[str]) -> dict:
+    """{"bare" and each method: its numbers, or "missing" with the reason}."""
+    results, runs = {"bare": {}}, {"bare": bare_gemms(inputs[0].detach(), inputs[1].detach())}
+    for name in METHODS:
+        reason = why_not(name, skip)
+        results[name], run = ({"missing": reason}, None) if reason else try_method(name, inputs)
+        if run:
+            runs[name] = run
+
     times = {name: [] for name in runs}
     for _ in range(repeats + 1):
         for name, run in runs.items():
             times[name].append(seconds(run))
+    bare = median(times["bare"][1:])
     for name, (_, *timed) in times.items():  # the first turn warms up
-        results[name] |= dict(seconds=median(timed), fastest=min(timed), slowest=max(timed),
-                              ratio=median(timed) / median(times["bare"][1:]))
+        results[name] |= {"seconds": median(timed), "fastest": min(timed), "slowest": max(timed),
+                          "ratio": median(timed) / bare}
     return results
 
 
@@ -214,16 +246,18 @@ def measure(T: int, D: int, V: int, dtype: torch.dtype, repeats: int, skip: list
 
 
 def table(results: dict) -> list[str]:
-    def line(name, row):
-        if "missing" in row:
-            return f"{name:11}missing: {row['missing']}"
-        return (f"{name:11}{row['seconds'] * 1e3:10.2f}{row['ratio']:8.2f}{row['extra_bytes'] / 1e6:10.1f}"
-                + "".join(f"{row[key]:12.1e}" for key in ERRORS) + f"  {row['per_token']}")
-
     columns = "".join(f"{key:>12}" for key in ERRORS)
-    head = f"{'':11}{'ms':>10}{'x bare':>8}{'extra MB':>10}{columns}  per token"
-    return [head, f"{'bare GEMMs':11}{results['bare']['seconds'] * 1e3:10.2f}{1:8.2f}",
-            *(line(name, results[name]) for name in METHODS)]
+    lines = [f"{'':11}{'ms':>10}{'x bare':>8}{'extra MB':>10}{columns}  per token",
+             f"{'bare GEMMs':11}{results['bare']['seconds'] * 1e3:10.2f}{1:8.2f}"]
+    for name in METHODS:
+        row = results[name]
+        if "missing" in row:
+            lines.append(f"{name:11}missing: {row['missing']}")
+            continue
+        ms, extra = row["seconds"] * 1e3, row["extra_bytes"] / 1e6
+        errors = "".join(f"{row[key]:12.1e}" for key in ERRORS)
+        lines.append(f"{name:11}{ms:10.2f}{row['ratio']:8.2f}{extra:10.1f}{errors}  {row['per_token']}")
+    return lines
 
 
 def targets_met(shape: str, results: dict) -> list[str]:
@@ -231,25 +265,30 @@ def targets_met(shape: str, results: dict) -> list[str]:
     ours, ran = results["ours"], {name: results[name] for name in METHODS if "seconds" in results[name]}
     if "ours" not in ran:
         return [f"MISSED  all: {ours['missing']}"]
-    ms = {name: f"{name} {row['seconds'] * 1e3:.2f} ms" for name, row in ran.items()}
+
+    def ms(name: str) -> str:
+        return f"{name} {ran[name]['seconds'] * 1e3:.2f} ms"
+
     exact = [name for name in ran if name != "ours" and ran[name]["per_token"] == "yes"]
-    next_best = min(exact, key=lambda name: ran[name]["seconds"], default="ours")
-    beside = ", ".join(ms[name] for name in ran if ran[name]["per_token"] != "yes") or "-"
+    next_best = min(exact, key=lambda name: ran[name]["seconds"], default=None)
+    beside = ", ".join(ms(name) for name in ran if ran[name]["per_token"] != "yes") or "-"
     absent = ", ".join(name for name in METHODS if name not in ran) or "-"
-    checks = [(ours["ratio"] <= 1.5, f"at most 1.5 x the bare GEMMs: {ours['ratio']:.2f}"),
-              (next_best != "ours" and ours["seconds"] < ran[next_best]["seconds"],
-               f"faster than every exact peer: {ms['ours']}, {ms[next_best]}; not exact: {beside}; "
-               f"not run: {absent}")]
+    checks = [(ours["ratio"] <= 1.5, f"at most 1.5 x the bare GEMMs: {ours['ratio']:.2f}")]
+    if next_best:
+        checks.append((ours["seconds"] < ran[next_best]["seconds"],
+                       f"faster than every exact peer: {ms('ours')}, {ms(next_best)}; not exact: {beside}; "
+                       f"not run: {absent}"))
     if shape == "1024,8192,152064":
-        checks += [(ours["extra_bytes"] <= 120e6, f"at most 120 MB extra: {ours['extra_bytes'] / 1e6:.1f}")]
+        checks.append((ours["extra_bytes"] <= 120e6, f"at most 120 MB: {ours['extra_bytes'] / 1e6:.1f}"))
     if "plain" in ran:  # both round gradients to 16 bits, and either may be the luckier: hence the 5%
         worst = max(ours[key] / ran["plain"][key] for key in ERRORS)
-        checks += [(worst <= 1.05, f"errors at most plain torch's (within 5%): {worst:.3f} of them at worst")]
+        checks.append((worst <= 1.05, f"errors at most plain torch's (within 5%): {worst:.3f} of them"))
     return [("met     " if met else "MISSED  ") + text for met, text in checks]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", metavar="T,D,V", default=SHAPES,
                         help=f"tokens, hidden size, vocabulary [{' '.join(SHAPES)}]")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16" if CUDA else "fp32", help="[%(default)s]")
@@ -259,18 +298,19 @@ def main() -> None:
     args = parser.parse_args()
     if args.repeats < 1 or not all(re.fullmatch(r"[1-9]\d*(,[1-9]\d*){2}", shape) for shape in args.shapes):
         parser.error("--repeats is positive, and each of --shapes three positive numbers T,D,V")
-    report = announced_environment() | dict(threads=torch.get_num_threads(), dtype=args.dtype,
-                                            repeats=args.repeats, shapes={})
+
+    report = announced_environment() | {"threads": torch.get_num_threads(), "dtype": args.dtype,
+                                        "repeats": args.repeats, "shapes": {}}
     print(f"{args.dtype}, medians of {args.repeats} in turns")
     for shape in args.shapes:
         T, D, V = map(int, shape.split(","))
-        results = measure(T, D, V, DTYPES[args.dtype], args.repeats, args.skip)
+        results = measure(make_inputs(T, D, V, DTYPES[args.dtype]), args.repeats, args.skip)
         checks = targets_met(shape, results) if CUDA else []
-        report["shapes"][shape] = dict(results, targets=checks)
+        report["shapes"][shape] = results | {"targets": checks}
         rate = 6e-12 * T * V * D / results["bare"]["seconds"]
         print(f"\nT={T} D={D} V={V}: the bare GEMMs reach {rate:.3g} TFLOP/s", *table(results), *checks,
               sep="\n", flush=True)
-    write(args.out or os.path.join(HERE, "results", f"loss-{report['place']}.json"), report)
+    write(args.out or f"{HERE}/results/loss-{report['place']}.json", report)
 
 
 if __name__ == "__main__":

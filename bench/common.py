@@ -1,0 +1,103 @@
+"""What the benchmarks share: the record of device and versions, a clock, memory, the models' shapes."""
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+sys.path.insert(0, ROOT)
+
+CUDA = torch.cuda.is_available()
+PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate", "liger-kernel", "cut-cross-entropy",
+            "quack-kernels", "nvidia-cutlass-dsl")
+PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362}  # dense bf16, SXM
+
+
+def qwen2(hidden: int, intermediate: int, layers: int, heads: int, key_heads: int, vocabulary: int,
+          tied: bool) -> dict[str, Any]:
+    return {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": key_heads, "vocab_size": vocabulary,
+            "tie_word_embeddings": tied}
+
+
+SHAPES = {
+    "qwen2-0.5b": qwen2(896, 4864, 24, 14, 2, 151936, True),
+    "qwen2-1.5b": qwen2(1536, 8960, 28, 12, 2, 151936, True),
+    "qwen2-7b": qwen2(3584, 18944, 28, 28, 4, 152064, False),
+}
+
+
+def environment() -> dict[str, Any]:
+    """What a number means nothing without: device, versions, date, command."""
+    versions = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {"device": device_name(), "place": device_name().lower().replace(" ", "-") if CUDA else "cpu",
+            "cuda": CUDA, "versions": versions, "date": datetime.datetime.now().isoformat(timespec="minutes"),
+            "command": shlex.join(["python", *sys.argv]), "load_before": os.getloadavg()[0]}
+
+
+def device_name() -> str:
+    if CUDA:
+        return torch.cuda.get_device_name()
+    with open("/proc/cpuinfo") as file:
+        model = re.search(r"model name\s*: (.*)", file.read())
+    return f"{model[1] if model else 'CPU'} ({os.cpu_count()} cores)"
+
+
+def announced_environment() -> dict[str, Any]:
+    """`environment`, printed before anything is timed, with a warning if other work would disturb."""
+    found = environment()
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    print(f"{found['device']}, {found['date']}, load {found['load_before']:.1f} before the start, {versions}")
+    if found["load_before"] > 0.5 and not CUDA:
+        print("WARNING: other work runs on this machine; do not quote these times")
+    return found
+
+
+def write(path: str, result: dict[str, Any]) -> None:
+    from data import write_atomically
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    write_atomically(path, json.dumps(result, indent=1) + "\n")
+    print(f"\nwrote {path}")
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """Of one call, with all that it starts on a GPU."""
+    wait = torch.cuda.synchronize if CUDA else lambda: None
+    wait()
+    began = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - began
+
+
+def peak_bytes() -> int:
+    """The most that this process has held: allocated on a GPU, or resident (VmHWM, because the ru_maxrss of a
+    child includes its parent's)."""
+    if CUDA:
+        return torch.cuda.max_memory_allocated()
+    with open("/proc/self/status") as file:
+        return int(re.search(r"VmHWM:\s*(\d+) kB", file.read())[1]) * 1024
+
+
+def sizes(config) -> tuple[int, int]:
+    """(parameters but embedding and head, V D) of a model of this configuration; nothing is allocated."""
+    from transformers import AutoModelForCausalLM
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    ends = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    body = sum(parameter.numel() for parameter in model.parameters() if parameter not in ends)
+    return body, ends.pop().numel()

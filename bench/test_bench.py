@@ -1,0 +1,50 @@
+"""One smoke test of each benchmark; speed itself is never tested."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import data
+from conftest import ENVIRONMENT, HERE, make_rows, write_jsonl
+
+
+def bench(script: str, out: Path, *flags: str) -> tuple[dict, str]:
+    result = subprocess.run([sys.executable, f"bench/{script}.py", *flags, "--out", str(out)], cwd=HERE,
+                            text=True, capture_output=True, timeout=300, env=ENVIRONMENT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return json.loads(out.read_text()), result.stdout
+
+
+def test_loss_benchmark_measures_what_runs_here_and_names_what_does_not(tmp_path):
+    report, text = bench("loss", tmp_path / "loss.json", "--shapes", "64,32,1000", "--repeats", "2", "--skip",
+                         "compiled")
+    results = report["shapes"]["64,32,1000"]
+    for name in ("ours", "plain", "torch"):
+        assert results[name]["seconds"] > 0 and results[name]["extra_bytes"] > 0
+        assert all(results[name][key] < 1e-5 for key in ("logps", "dhidden", "dweight", "untargeted"))
+    assert all(f"{name:11}missing: " in text for name in ("compiled", "liger", "cce", "cce-filter", "quack"))
+
+
+def test_training_benchmark_measures_ours_and_another_checkout(tiny, tmp_path):
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", make_rows(8))
+    report, text = bench("train", tmp_path / "train.json", "--model", tiny, "--data", pairs, "--batch-size=4",
+                         "--steps=1", "--rounds=1", "--only=^ours$|other", "--other", str(HERE))
+    assert set(report["table"]) == {"ours", "ours, other checkout"}
+    assert report["table"]["ours"]["pairs_per_second"] > 0
+    assert report["runs"]["ours"][0]["loss"][0] == pytest.approx(math.log(2), abs=1e-6)
+    assert "ours over ours of the other checkout" in text
+
+
+def test_corrupted_pairs_are_pairs_that_can_be_trained_on(tokenizer, tmp_path):
+    worked = "He has 4*12=<<4*12=48>>48 pens.\nThen 48-8=<<48-8=40>>40 are left.\n#### 40"
+    problems = write_jsonl(tmp_path / "gsm8k.jsonl", [dict(question=f"Pens of {i}?", answer=worked)
+                                                      for i in range(510)])  # the last 500 are left alone
+    subprocess.run([sys.executable, "bench/corrupted_pairs.py", problems, str(tmp_path / "out.jsonl"),
+                    "--rows=7", "--eval-rows=3"], cwd=HERE, check=True, env=ENVIRONMENT)
+    for name, count in (("out", 7), ("out.eval", 3)):
+        rows = data.read_rows(str(tmp_path / f"{name}.jsonl"))
+        assert len(data.encode(rows, tokenizer, "chat", None, "step", 1024)[0]) == count
