@@ -172,6 +172,7 @@ def open_turn(tokenizer, prompt: str, template: str, instruction: str | None = N
     if template != "chat":
         raise InputError(f"--template must be one of {', '.join(TEMPLATES)}, got {template!r}")
 
+    # The assistant's turn is opened and left open: the steps go on from there.
     if not tokenizer.chat_template:
         raise InputError(f"{tokenizer.name_or_path}: its tokenizer has no chat template; pass "
                          "--template alpaca or --template deepseek-math, whichever the model was tuned with")
@@ -187,6 +188,7 @@ def tokenize(tokenizer, texts: Sequence[str], template: str) -> list[list[int]]:
     """
     if not texts:
         return []
+    # Without special tokens: the tokenizer would add an EOS, or a second BOS.
     ids = tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
     bos = tokenizer.bos_token_id
     if template != "chat" and bos is not None and tokenizer("a").input_ids[0] == bos:
@@ -229,6 +231,7 @@ def encode(
     pairs, dropped = [], []
     for i, (where, _) in enumerate(rows):
         prefix, chosen, rejected = ids[3 * i:3 * i + 3]
+        # Where the tokenizer merges across the boundary, the prefix ends earlier, and the steps begin there.
         shared = _common_length(prefix, chosen, rejected)
         pair = Pair(chosen[:shared], chosen[shared:] + end, rejected[shared:] + end, where)
         if not (pair.prefix and pair.chosen and pair.rejected) or pair.chosen == pair.rejected:
@@ -311,6 +314,7 @@ def schedule(pairs: int, batch_size: int, epochs: int, seed: int) -> list[np.nda
     steps_per_epoch = max(1, round(pairs / batch_size))
     batches = []
     for epoch in range(epochs):
+        # Seeded by epoch, so that a run that resumes need not replay the random numbers before it.
         order = np.random.default_rng((seed, epoch)).permutation(pairs)
         batches += np.array_split(order, steps_per_epoch)
     return batches
@@ -327,6 +331,7 @@ def split(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list[int
     if max(lengths) > budget:
         raise ValueError(f"every length must be <= budget {budget}, got {max(lengths)}")
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    # Begin with the fewest micro-batches that could do, and take more until all fits.
     count = math.ceil(sum(lengths) / (budget * ranks))
 
     while True:
@@ -395,7 +400,7 @@ def pack(pairs: Sequence[Pair], share_prefix: bool = True) -> Batch:
         return own
 
     for i, pair in enumerate(pairs):
-        P = len(pair.prefix)
+        P = len(pair.prefix)  # both steps begin at this position
         shared = add_segment(pair.prefix, 0, range(0)) if share_prefix else None
 
         for step, logp in ((pair.chosen, i), (pair.rejected, len(pairs) + i)):
@@ -404,7 +409,7 @@ def pack(pairs: Sequence[Pair], share_prefix: bool = True) -> Batch:
             else:
                 whole = add_segment(pair.prefix + step, 0, range(0))
                 prefix, own = whole[:P], whole[P:]
-            predict_at += [prefix[-1], *own[:-1]]
+            predict_at += [prefix[-1], *own[:-1]]  # the token before it predicts a token
             targets += step
             sequence += [logp] * len(step)
 

@@ -177,11 +177,12 @@ def segment_attention(
     if query.is_cuda and query.dtype != torch.float32:  # FlashAttention takes 16 bits only
         return flash_attention(query, key, value, segments, scaling, sliding_window), None
 
+    # Elsewhere segment by segment: their lengths differ, and sdpa computes what a mask hides.
     outputs = []
     for q, k, v in zip(query.split(segments.query_lengths, 2), key.split(segments.key_lengths, 2),
                        value.split(segments.key_lengths, 2), strict=True):
         n, m = q.shape[2], k.shape[2]
-        mask = None
+        mask = None  # if it is square: sdpa's is_causal is aligned at the upper left
         if n < m or (sliding_window is not None and sliding_window < m):
             mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
             if sliding_window is not None:
@@ -254,6 +255,7 @@ def train_step(
     Raises InputError, and leaves the model as it was, if the loss or the gradient is not finite.
     """
     began = time.perf_counter()
+    # Sums stay on the device: a number asked for in between would wait for it.
     zero = partial(torch.zeros, (), dtype=torch.float64, device=local_device())
     sums: dict[str, Tensor] = defaultdict(zero)
 
@@ -275,7 +277,8 @@ def train_step(
     totals = sum_over_ranks(sums)
     tokens = totals.pop("tokens")
     metrics = {name: total / len(indices) for name, total in totals.items()}
-    norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).full_tensor().item()
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)  # sharded, as they are
+    norm = norm.full_tensor().item()
     if not (math.isfinite(metrics["loss"]) and math.isfinite(norm)):
         some = ", ".join(pairs[i].where for i in indices[:5])
         raise InputError(f"step {step}: loss {metrics['loss']}, gradient norm {norm}; nothing was updated. "
@@ -343,6 +346,8 @@ def train(config: Config) -> None:
     start_processes()
     if is_finished(config):
         return
+
+    # What is trained on, and in which order.
     folder = resolve(config.model)
     tokenizer = data.read_tokenizer(folder)
     pairs = read_pairs("training", config.data, tokenizer, config)
@@ -351,14 +356,14 @@ def train(config: Config) -> None:
     plan = data.schedule(len(pairs), config.batch_size, config.epochs, config.seed)
     plan = plan[:config.max_steps or len(plan)]
 
+    # The policy before training is the reference: what it says of each pair is computed once.
     policy, reference, held_out_reference = reference_pass(folder, pairs, held_out, plan, tokenizer, config)
     optimizer = torch.optim.AdamW(
         policy.parameters(), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
     first = start_or_resume(policy, optimizer, folder, pairs, plan, config)
     stop_asked = notice_sigterm()
-    began = time.perf_counter()
 
-    quiet = dist.get_rank() > 0
+    began, quiet = time.perf_counter(), dist.get_rank() > 0
     with tqdm(total=len(plan), initial=first, desc="training", unit="step", disable=quiet) as bar:
         for step in range(first, len(plan)):
             if step % config.eval_every == 0:
@@ -371,6 +376,7 @@ def train(config: Config) -> None:
             bar.update()
             save_if_due(policy, optimizer, step + 1, len(plan), stop_asked, config)
 
+    # Exported before it is evaluated: the weights are what must not be lost.
     export(policy, folder, os.path.join(config.output_dir, "model"))
     evaluate(len(plan), policy, held_out, held_out_reference, config)
     minutes, seen = (time.perf_counter() - began) / 60, sum(len(indices) for indices in plan[first:])
@@ -422,6 +428,7 @@ def reference_pass(folder: str, pairs: list[Pair], held_out: list[Pair], plan: l
         raise InputError(f"--reference {config.reference}: its vocabulary is not that of {config.model}")
 
     policy = build(reference_folder, config)
+    # An embedding's index out of range is a device assert on CUDA, and no message.
     embeddings = policy.model.get_input_embeddings().num_embeddings
     for pair in pairs + held_out:
         largest = max(pair.prefix + pair.chosen + pair.rejected)
@@ -497,6 +504,7 @@ def reference_logps(policy: Policy, folder: str, name: str, pairs: Sequence[Pair
     if not pairs:
         return torch.empty(2, 0)
     files = sorted(set(weight_files(folder).values()))
+    # The identity samples large tensors. A model retrained in place could slip through, but for its time.
     written = [os.stat(os.path.join(folder, file)).st_mtime_ns for file in files]
     key = data.content_key(
         data.model_identity(folder), str(written), data.fingerprint(pairs), config.dtype,
@@ -577,7 +585,7 @@ def compute_buffers(model: nn.Module) -> None:
         for name in names:
             module._buffers[name] = torch.empty_like(module._buffers[name], device=local_device())
         if names:
-            model._init_weights(module)
+            model._init_weights(module)  # as from_pretrained does; its parameters are still on meta
 
         for name in module._non_persistent_buffers_set.intersection(names):
             if module._buffers[name]._version == 0:  # nothing was written into it
@@ -607,6 +615,7 @@ def shard(policy: Policy, config: Config) -> None:
         if config.activation_checkpointing:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         wrap(layer)
+    # A weight that two modules share must be in the group of a module above both.
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = embedding.weight is head.weight
     if not tied:
@@ -752,6 +761,7 @@ def resume(policy: Policy, optimizer: torch.optim.Optimizer, identity: dict[str,
                          "start without --resume in another --output-dir")
     refuse_changes(identity, out)
 
+    # Loaded into the very tensors, sharded as they are now: any number of ranks may go on.
     model_state, optimizer_state = get_state_dict(policy, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state}
     dcp.load(state, checkpoint_id=os.path.join(folder, names[-1]))
@@ -787,6 +797,7 @@ def refuse_changes(identity: dict[str, Any], out: str) -> None:
 def save_if_due(policy: Policy, optimizer: torch.optim.Optimizer, done: int, steps: int, stop_asked: list,
                 config: Config) -> None:
     """Save every --save-every optimizer steps, and if any rank was asked to stop; that ends the run here."""
+    # The signal may reach the ranks between different steps, but all must save the same one.
     asked = torch.tensor(len(stop_asked), device=local_device())
     dist.all_reduce(asked)
     is_last = done == steps
@@ -804,6 +815,7 @@ def save_if_due(policy: Policy, optimizer: torch.optim.Optimizer, done: int, ste
 
 def save(policy: Policy, optimizer: torch.optim.Optimizer, folder: str, step: int) -> None:
     """A sharded checkpoint, complete or absent; those before are removed after it."""
+    # Written under another name first: what is called step-N is complete.
     older = os.listdir(folder) if os.path.isdir(folder) else []
     path = os.path.join(folder, f"step-{step:06d}")
     model_state, optimizer_state = get_state_dict(policy, optimizer)
@@ -832,6 +844,7 @@ def start_processes() -> None:
                          "(CUDA_VISIBLE_DEVICES= hides them and trains on the CPU)")
     if cuda:
         torch.cuda.set_device(local_rank)
+    # gloo too on CUDA: with --offload the gradients, whose norm is needed, are in CPU memory.
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)

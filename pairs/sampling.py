@@ -176,6 +176,7 @@ class Samples:
             numbers = [n for n in range(first, first + count) if f"{name} {n}" not in self.cache.rows]
             if numbers:
                 missing[name] = (problem, prefix, numbers)
+        # Shared by prefix, so that a prompt is read on one rank only.
         self._draw_missing(list(missing.items())[self.cache.rank::self.cache.ranks], desc)
         self.cache.share()
 
@@ -300,7 +301,7 @@ class LocalSampler:
         prompts = {prompt: row for row, prompt in enumerate(dict.fromkeys(tuple(ids) for ids, _ in wanted))}
         mask, logits, kv_cache = self._read_prompts(list(prompts))
         rows = torch.tensor([prompts[tuple(ids)] for ids, _ in wanted], device=self.device)
-        kv_cache.batch_select_indices(rows)
+        kv_cache.batch_select_indices(rows)  # from one row a prompt to one row a sample
         mask, logits = mask[rows], logits[rows]
 
         new_tokens: list[list[int]] = [[] for _ in wanted]
@@ -315,7 +316,7 @@ class LocalSampler:
             if not stay:
                 return [self._continuation(ids, new)
                         for (ids, _), new in zip(wanted, new_tokens, strict=True)]
-            if len(stay) < len(alive):
+            if len(stay) < len(alive):  # what has ended costs nothing from here on
                 alive = [alive[j] for j in stay]
                 index = torch.tensor(stay, device=self.device)
                 kv_cache.batch_select_indices(index)
@@ -356,6 +357,7 @@ class LocalSampler:
             if size >= probabilities.shape[1] or before[:, -1].min() >= top_p:
                 break
             size *= 16
+        # One number per row picks the token whose interval of the nucleus' mass it falls into.
         mass = (best * (before < top_p)).cumsum(-1)
         point = torch.tensor(numbers, device=mass.device)[:, None] * mass[:, -1:]
         drawn = torch.searchsorted(mass, point, right=True).clamp(max=mass.shape[1] - 1)
@@ -406,7 +408,7 @@ def post(url: str, body: dict) -> dict:
     Connection errors, broken replies, 408, 409, 429 and 5xx are tried again after a growing, jittered pause
     (or what Retry-After says); any other status is an InputError at once.
     """
-    key = os.environ.get("OPENAI_API_KEY", "")
+    key = os.environ.get("OPENAI_API_KEY", "")  # never printed: servers repeat it in their errors
     headers = {"Content-Type": "application/json"}
     if key:
         headers["Authorization"] = f"Bearer {key}"

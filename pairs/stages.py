@@ -110,6 +110,7 @@ def wrong_solutions(solutions: list[tuple[Problem, Sample]], args: Namespace) ->
     """The wrong ones. A `status` says which of them cannot be searched, and why."""
     rows, seen, of_problem = [], set(), Counter()
     for problem, sample in solutions:
+        # Graded even if it was cut: an answer that stood there before the cut counts.
         if sample.correct:
             continue
         row = Wrong(problem, sample.solution, find_steps(sample.solution) or [])
@@ -159,6 +160,7 @@ def locate_by_rollouts(rows: list[Wrong], samples: Samples, args: Namespace) -> 
         if row.pass_rates[0] < args.min_pass_rate:
             row.status = "located: the problem's pass rate is below --min-pass-rate"
 
+    # Halve all that is still open with one wave of samples; after log2(steps) waves nothing is.
     searching = [row for row in open_rows(rows) if row.high - row.low > 1]
     while searching:
         middles = [(row.low + row.high) // 2 for row in searching]
@@ -182,6 +184,7 @@ def pass_rates(rows: list[Wrong], after: list[int], samples: Samples, count: int
 
 def confirm(rows: list[Wrong], samples: Samples, args: Namespace) -> None:
     """Keep a step only if fresh samples show the drop too: good before it, seldom right after it."""
+    # The search went where the pass rates happened to be low, so those rates are biased; fresh ones are not.
     fresh = {"samples": samples, "count": args.confirmations, "first": args.rollouts}
     before = pass_rates(rows, [row.low for row in rows], **fresh)
     for row, rate in zip(rows, before, strict=True):
@@ -189,6 +192,7 @@ def confirm(rows: list[Wrong], samples: Samples, args: Namespace) -> None:
         if rate <= args.good_ratio * row.pass_rates[0]:
             row.status = "confirmed: pass rate already low before the step"
 
+    # Only steps that are not the last can be gone on from.
     inner = [row for row in open_rows(rows) if row.high < len(row.steps)]
     after = pass_rates(inner, [row.high for row in inner], **fresh)
     for row, rate in zip(inner, after, strict=True):
@@ -202,8 +206,7 @@ def confirm(rows: list[Wrong], samples: Samples, args: Namespace) -> None:
 
 def locate_by_judge(rows: list[Wrong], judge: Judge) -> None:
     """The first wrong step by a judge's verdict."""
-    verdicts = judge.first_errors([(row.problem, step_texts(row.solution, row.steps)) for row in rows])
-    for row, verdict in zip(rows, verdicts, strict=True):
+    for row, verdict in zip(rows, verdicts_on(rows, judge), strict=True):
         row.step = verdict
         if verdict is None:
             row.status = "located: verdict not as asked for"
@@ -212,13 +215,16 @@ def locate_by_judge(rows: list[Wrong], judge: Judge) -> None:
 
 
 def keep_where_judge_agrees(rows: list[Wrong], judge: Judge) -> None:
-    """Labels on which rollouts and a judge agree train better than either's (arXiv:2501.07301)."""
-    verdicts = judge.first_errors([(row.problem, step_texts(row.solution, row.steps)) for row in rows])
-    for row, verdict in zip(rows, verdicts, strict=True):
+    """Labels on which rollouts and a judge agree train better than either's alone (arXiv:2501.07301)."""
+    for row, verdict in zip(rows, verdicts_on(rows, judge), strict=True):
         if verdict is None:
             row.status = "agreed: verdict not as asked for"
         elif verdict != row.step:
             row.status = "agreed: the judge names another step, or none"
+
+
+def verdicts_on(rows: list[Wrong], judge: Judge) -> list[int | None]:
+    return judge.first_errors([(row.problem, step_texts(row.solution, row.steps)) for row in rows])
 
 
 def write_located(path: str, rows: list[Wrong], by: str) -> None:
@@ -236,7 +242,7 @@ def read_filled_in(path: str, rows: list[Wrong]) -> None:
 
     Raises InputError if it is for other solutions, or if a step is none of its solution's.
     """
-    lines = read_rows(path)
+    lines = read_rows(path) if rows else []
     if len(lines) != len(rows):
         raise InputError(f"{path}: has {len(lines)} rows for {len(rows)} wrong solutions, so it was made for "
                          "others; choose another --out")
@@ -257,7 +263,14 @@ def read_filled_in(path: str, rows: list[Wrong]) -> None:
 # ---------------------------------------------------------------------------------------------------- rectify
 
 
-Candidate = tuple[str, Steps]  # a solution that passes, whose next step may take the place of the wrong one
+@dataclass
+class Repair:
+    """A located error, and what may take its place."""
+
+    row: Wrong
+    pass_rate: float                      # of samples that go on from the right steps before it
+    candidates: list[tuple[str, Steps]]   # solutions that pass, by their next step, the most frequent first
+    pairs: list[dict] = field(default_factory=list)
 
 
 def rectify(located: list[Wrong], samples: Samples, judge: Judge | None, args: Namespace) -> list[dict]:
@@ -265,74 +278,81 @@ def rectify(located: list[Wrong], samples: Samples, judge: Judge | None, args: N
 
     The first step of a sample that goes on after the right steps and passes may become `chosen`. That the
     answer is right does not make the step right: it must also be as good to go on from as the steps before
-    it, or please the judge. Wave n checks everyone's n-th candidate, the most frequent first.
+    it, or please the judge. Wave n checks everyone's n-th candidate.
     """
     # What `locate` drew there to find and confirm the step counts; mostly that is enough.
     known = args.rollouts + args.confirmations if args.by in ("rollouts", "both") else 0
     count = max(args.rectify_samples, known)
     drawn = samples.draw([row.after(row.step - 1) for row in located], count, desc="rectify")
 
-    pairs: list[list[dict]] = [[] for _ in located]
-    candidates = []
+    repairs = []
     for row, found in zip(located, drawn, strict=True):
-        candidates.append(candidates_for(row, found, args))
-        if not any(sample.passes for sample in found):
+        repair = Repair(row, pass_rate(found), candidates_for(row, found, args))
+        if repair.pass_rate == 0:
             row.status = "rectified: no continuation passes"
-        elif not candidates[-1]:
+        elif not repair.candidates:
             row.status = "rectified: no other step of similar length"
+        repairs.append(repair)
 
     for n in range(args.tries):
-        waiting = [i for i in range(len(located))
-                   if n < len(candidates[i]) and len(pairs[i]) < args.pairs_per_step]
-        wave = [(located[i], candidates[i][n], pass_rate(drawn[i])) for i in waiting]
-        for i, is_right in zip(waiting, check(wave, samples, judge, args), strict=True):
+        wave = [repair for repair in repairs
+                if n < len(repair.candidates) and len(repair.pairs) < args.pairs_per_step]
+        for repair, is_right in zip(wave, check(wave, n, samples, judge, args), strict=True):
             if is_right:
-                pairs[i].append(make_pair(located[i], candidates[i][n]))
+                repair.pairs.append(make_pair(repair.row, *repair.candidates[n]))
 
-    for row, made in zip(located, pairs, strict=True):
-        if not made and not row.status:
-            row.status = "rectified: no chosen step passes --check"
-    return [pair for made in pairs for pair in made]
+    pairs = []
+    for repair in repairs:
+        pairs += repair.pairs
+        if not repair.pairs and not repair.row.status:
+            repair.row.status = "rectified: no chosen step passes --check"
+    return pairs
 
 
-def candidates_for(row: Wrong, drawn: list[Sample], args: Namespace) -> list[Candidate]:
-    """Different next steps of the samples that pass, the most frequent first."""
+def candidates_for(row: Wrong, drawn: list[Sample], args: Namespace) -> list[tuple[str, Steps]]:
+    """One solution that passes for each different next step, the most frequent step first."""
     k, (_, prefix) = row.step, row.after(row.step - 1)
-    same_step: dict[str, list[Candidate]] = {}
+    by_step: dict[str, list[tuple[str, Steps]]] = {}
     for sample in drawn:
         steps = find_steps(sample.solution) if sample.passes else None
+        # The step must begin where the right steps end: a sample may number its steps anew.
         if steps and len(steps) >= k and steps[k - 1][1] == len(prefix):
-            name = simplified(step_text(sample.solution, steps, k))
-            same_step.setdefault(name, []).append((sample.solution, steps))
+            step = simplified(step_text(sample.solution, steps, k))
+            by_step.setdefault(step, []).append((sample.solution, steps))
 
     wrong, ratio = simplified(step_text(row.solution, row.steps, k)), args.max_length_ratio
-    kept = [found for name, found in same_step.items()
-            if name != wrong and 1 / ratio <= len(name) / len(wrong) <= ratio]
-    return [found[0] for found in sorted(kept, key=len, reverse=True)]
+    kept = []
+    for step, solutions in by_step.items():
+        if step != wrong and 1 / ratio <= len(step) / len(wrong) <= ratio:
+            kept.append(solutions)
+    return [solutions[0] for solutions in sorted(kept, key=len, reverse=True)]
 
 
-def check(wave: list[tuple[Wrong, Candidate, float]], samples: Samples, judge: Judge | None,
-          args: Namespace) -> list[bool]:
-    """Whether each candidate is right, by --check; the third of a triple is the pass rate before it."""
+def check(wave: list[Repair], n: int, samples: Samples, judge: Judge | None, args: Namespace) -> list[bool]:
+    """Whether the n-th candidate of each is right, by --check."""
     if args.check == "judge":
-        verdicts = judge.first_errors([(row.problem, step_texts(text, steps)[:row.step])
-                                       for row, (text, steps), _ in wave])
-        return [verdict == 0 for verdict in verdicts]
+        beginnings = []
+        for repair in wave:
+            text, steps = repair.candidates[n]
+            beginnings.append((repair.row.problem, step_texts(text, steps)[:repair.row.step]))
+        return [verdict == 0 for verdict in judge.first_errors(beginnings)]
 
+    # A candidate that is the last step is right, because the answer is; the others are gone on from.
     inner, prefixes = [], []
-    for i, (row, (text, steps), _) in enumerate(wave):
-        if len(steps) > row.step:
-            inner.append(i)
-            prefixes.append((row.problem, prefix_before(text, steps, row.step + 1)))
+    for repair in wave:
+        text, steps = repair.candidates[n]
+        if len(steps) > repair.row.step:
+            inner.append(repair)
+            prefixes.append((repair.row.problem, prefix_before(text, steps, repair.row.step + 1)))
+    worse = []
+    for repair, drawn in zip(inner, samples.draw(prefixes, args.rollouts, desc="check"), strict=True):
+        if pass_rate(drawn) < repair.pass_rate:
+            worse.append(repair)
+    return [repair not in worse for repair in wave]
 
-    is_right = [True] * len(wave)  # a candidate that is the last step is right, because the answer is
-    for i, drawn in zip(inner, samples.draw(prefixes, args.rollouts, desc="check"), strict=True):
-        is_right[i] = pass_rate(drawn) >= wave[i][2]
-    return is_right
 
-
-def make_pair(row: Wrong, candidate: Candidate) -> dict:
-    text, steps = candidate
+def make_pair(row: Wrong, text: str, steps: Steps) -> dict:
+    """`text` is a solution that passes, with the same steps as the row's up to the wrong one."""
     _, prefix = row.after(row.step - 1)
     return {"dataset": row.problem.dataset, "prompt": row.problem.prompt, "initial_reason_steps": prefix,
             "chosen": step_text(text, steps, row.step),
@@ -382,6 +402,7 @@ def build(problems: list[Problem], samples: Samples, judge: Judge | None, args: 
         locate(wrong, samples, judge, args)
         write_located(located_file, wrong, args.by)
 
+    # Two solutions may share the wrong step and all before it: one pair of them is enough.
     pairs, repeated = select(rectify(open_rows(wrong), samples, judge, args), args)
     if rank_and_ranks()[0] == 0:
         lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs]
