@@ -25,8 +25,8 @@ What a token attends to, for a prefix of three tokens and steps of two (one line
                          x x x    . .      x x
 
 So each step sees exactly what it would see alone, and the last prefix token predicts the first token of both.
-Many pairs stand in one row, and do not see each other. No mask is ever made: the keys of a step are those of
-its prefix followed by its own, and then attention is ordinary causal attention, segment by segment.
+Many pairs stand in one row, and do not see each other. No mask of a row is made: the keys of a step are those
+of its prefix followed by its own, and then attention is ordinary causal attention, segment by segment.
 
 In reading order: reading rows; encoding them; the plan of a run and the packing of a batch; and a few small
 things that the trainer (stepdpo.py) and the making of pairs (pairs/) share: files, printing, flags.
@@ -43,11 +43,13 @@ import re
 import shlex
 import struct
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
@@ -372,7 +374,7 @@ class Batch(NamedTuple):
     segments: Segments
     predict_at: Tensor    # (T,) int64: the place whose hidden state predicts the token
     targets: Tensor       # (T,) int64: the token
-    sequence: Tensor      # (T,) int64: the logp it adds to: i for the chosen of pair i, B + i rejected
+    step: Tensor          # (T,) int64: the step it belongs to: i the chosen of pair i, B + i its rejected
     pairs: int            # B
 
     def to(self, device: torch.device) -> "Batch":
@@ -387,7 +389,7 @@ def pack(pairs: Sequence[Pair], share_prefix: bool = True) -> Batch:
     because under FSDP every rank must run the layers whenever one does.
     """
     ids, positions, key_index, query_lengths, key_lengths = [], [], [], [], []
-    predict_at, targets, sequence = [], [], []
+    predict_at, targets, step_of = [], [], []
 
     def add_segment(tokens: list[int], position: int, prefix: range) -> range:
         """Append tokens that see the prefix and, causally, each other. Returns their places in the row."""
@@ -400,18 +402,18 @@ def pack(pairs: Sequence[Pair], share_prefix: bool = True) -> Batch:
         return own
 
     for i, pair in enumerate(pairs):
-        P = len(pair.prefix)  # both steps begin at this position
+        begin = len(pair.prefix)  # the position of both steps
         shared = add_segment(pair.prefix, 0, range(0)) if share_prefix else None
 
-        for step, logp in ((pair.chosen, i), (pair.rejected, len(pairs) + i)):
+        for number, step in ((i, pair.chosen), (len(pairs) + i, pair.rejected)):
             if share_prefix:
-                prefix, own = shared, add_segment(step, P, shared)
+                prefix, own = shared, add_segment(step, begin, shared)
             else:
                 whole = add_segment(pair.prefix + step, 0, range(0))
-                prefix, own = whole[:P], whole[P:]
+                prefix, own = whole[:begin], whole[begin:]
             predict_at += [prefix[-1], *own[:-1]]  # the token before it predicts a token
             targets += step
-            sequence += [logp] * len(step)
+            step_of += [number] * len(step)
 
     if not pairs:
         add_segment([0], 0, range(0))
@@ -419,7 +421,7 @@ def pack(pairs: Sequence[Pair], share_prefix: bool = True) -> Batch:
     segments = Segments(query_lengths, key_lengths, torch.tensor(key_index),
                         _offsets(query_lengths), _offsets(key_lengths))
     row = torch.tensor([ids, positions])
-    spans = torch.tensor([predict_at, targets, sequence]).long()  # empty lists would be float
+    spans = torch.tensor([predict_at, targets, step_of]).long()  # empty lists would be float
     return Batch(row[:1], row[1:], segments, *spans, len(pairs))
 
 
@@ -433,6 +435,15 @@ def _offsets(lengths: list[int]) -> Tensor:
 def content_key(*parts: str) -> str:
     """A name for some content: 64 bits of SHA-256, in hex."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def leave_process_group() -> None:
+    """The end of a program that torchrun may have started."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        # A thread of gloo may still hold the tensors of its last message, and needs Python to drop them:
+        # without this pause one run in fifty ended by SIGABRT, when all was done.
+        time.sleep(0.1)
 
 
 def print0(*lines: str) -> None:
@@ -513,9 +524,9 @@ def with_hyphens(word: str) -> str:
     return name.replace("_", "-") + equals + value if name.startswith("--") else word
 
 
-def number(kind: type, holds: Callable[[float], bool], must: str) -> Callable[[str], float]:
-    """An argparse type: int or float, for which `holds` is true; else the flag "must be ..."."""
-    def parse(text: str) -> float:
+def checked(kind: type, holds: Callable[[Any], bool], must: str) -> Callable[[str], Any]:
+    """An argparse type: an int, float or str for which `holds` is true; else "must be ..."."""
+    def parse(text: str) -> Any:
         value = kind(text)
         if not holds(value):
             raise argparse.ArgumentTypeError(f"must be {must}, got {text}")
@@ -525,7 +536,8 @@ def number(kind: type, holds: Callable[[float], bool], must: str) -> Callable[[s
     return parse
 
 
-POSITIVE_INT = number(int, lambda x: x > 0, "above 0")
-POSITIVE_FLOAT = number(float, lambda x: 0 < x < math.inf, "above 0")
-INT = number(int, lambda x: x >= 0, "at least 0")
-FLOAT = number(float, lambda x: 0 <= x < math.inf, "at least 0")
+TEXT = checked(str, bool, "more than nothing")  # which an unset shell variable is
+POSITIVE_INT = checked(int, lambda x: x > 0, "above 0")
+POSITIVE_FLOAT = checked(float, lambda x: 0 < x < math.inf, "above 0")
+INT = checked(int, lambda x: x >= 0, "at least 0")
+FLOAT = checked(float, lambda x: 0 <= x < math.inf, "at least 0")

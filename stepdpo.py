@@ -19,7 +19,6 @@ are ever held.
 
 import argparse
 import gc
-import itertools
 import json
 import math
 import os
@@ -28,11 +27,11 @@ import shutil
 import signal
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
+from types import SimpleNamespace
 from typing import Any
 
 import safetensors
@@ -48,11 +47,12 @@ from torch.distributed import fsdp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.nn.attention import varlen
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-from data import FLOAT, INT, POSITIVE_FLOAT, POSITIVE_INT, Batch, InputError, Pair, Segments, print0
+from data import FLOAT, INT, POSITIVE_FLOAT, POSITIVE_INT, TEXT, Batch, InputError, Pair, print0
 from kernels import linear_logps
 
 Config = argparse.Namespace  # the flags, by name
@@ -101,34 +101,39 @@ class Head(nn.Module):
 
 
 class Policy(nn.Module):
-    """A causal language model that maps a packed batch to the log-probabilities of its trained tokens."""
+    """A causal language model that maps a packed batch to the log-probabilities of its steps."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         refuse_unsupported(model)
         model.set_output_embeddings(Head(model.get_output_embeddings().weight))
-        self.model, self.name = model, type(model).__name__
+        self.model = model
+        self.name = type(model).__name__
 
     def forward(self, batch: Batch) -> Tensor:
-        """(T,) fp32: log-probabilities of the trained tokens, in nats."""
+        """(2, B) fp32: log-probabilities of the chosen and of the rejected steps, in nats."""
+        current_row.segments, current_row.calls = batch.segments, 0
         hidden = self.model.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False,
-            segments=batch.segments,  # travels through the layers to `segment_attention`
         ).last_hidden_state  # (1, L, D)
+        if current_row.calls == 0:
+            raise InputError(f"{self.name} does not take its attention from transformers' interface, so its "
+                             "tokens would see other pairs: it is not supported")
 
         # Only the places that predict a trained token reach the head. It is called as a module, because FSDP
         # gathers a module's weight for the time of its forward.
-        return self.model.get_output_embeddings()(hidden[0, batch.predict_at], batch.targets)
+        token_logps = self.model.get_output_embeddings()(hidden[0, batch.predict_at], batch.targets)  # (T,)
+        sums = token_logps.new_zeros(2 * batch.pairs).index_add(0, batch.step, token_logps)
+        return sums.view(2, -1).clone()  # FSDP hooks what a module returns, and warns if that is a view
 
-    def plain_token_logps(self, ids: Tensor, trained: int) -> Tensor:
-        """(trained,) fp32: of the last tokens of one sequence (L,), by nothing of ours: the model's own
-        forward and logits, and the library's attention."""
+    def plain_logp(self, prefix: list[int], step: list[int]) -> Tensor:
+        """() fp32: of the step after the prefix, by the model's own forward, the library's attention and
+        whole logits: nothing of what `forward` does to be fast."""
+        ids = torch.tensor([prefix + step], device=local_device())  # (1, L)
         self.model.set_attn_implementation("sdpa")
-        try:
-            logits = self.model(ids[None], use_cache=False, logits_to_keep=trained + 1).logits[0, :-1]
-        finally:
-            self.model.set_attn_implementation("segments")
-        return logits.float().log_softmax(-1).gather(1, ids[-trained:, None])[:, 0]
+        logits = self.model(ids, use_cache=False, logits_to_keep=len(step) + 1).logits  # (1, S + 1, V)
+        self.model.set_attn_implementation("segments")
+        return logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, -len(step):, None]).sum()
 
 
 def refuse_unsupported(model: nn.Module) -> None:
@@ -149,6 +154,11 @@ def refuse_unsupported(model: nn.Module) -> None:
         raise InputError(f"{name}: the head must be a linear layer without bias, got {head}")
 
 
+# The row that is in the layers now, where `segment_attention` finds it: not all models pass keyword arguments
+# on to their attention. Activation checkpointing runs a row's layers again before the next row comes.
+current_row = SimpleNamespace(segments=None, calls=0)
+
+
 @torch.compiler.disable  # segments have other lengths in every row, and each would be compiled anew
 def segment_attention(
     module: nn.Module,
@@ -157,32 +167,34 @@ def segment_attention(
     value: Tensor,
     attention_mask: None = None,
     *,
-    segments: Segments,
     scaling: float | None = None,
-    sliding_window: int | None = None,  # a token sees so many tokens, itself included; None: all before it
+    sliding_window: int | None = None,  # how many tokens a token sees, itself included; None: all before it
     **others: Any,
 ) -> tuple[Tensor, None]:  # (1, L, H, d)
     """Attention of a packed row: causal in each segment, whose keys are its prefix's and then its own.
 
-    The n queries of a segment are the last n of its m keys' tokens, so this is plain causal attention aligned
-    at the lower right. No mask of the row is made: one would cost what it hides.
+    A segment has n queries and m >= n keys, and the last n keys are the queries' own: plain causal attention
+    that is aligned at the lower right. No mask of a whole row is made: it would cost what it hides.
     """
     for name in ("softcap", "s_aux", "position_bias"):
         if others.get(name) is not None:
             raise InputError(f"{type(module).__name__} attends with {name}, which is not supported: only "
                              "causal attention and sliding windows are")
-
+    current_row.calls += 1
+    segments = current_row.segments
     key = key.index_select(2, segments.key_index)  # (1, H', K, d)
     value = value.index_select(2, segments.key_index)
-    if query.is_cuda and query.dtype != torch.float32:  # FlashAttention takes 16 bits only
-        return flash_attention(query, key, value, segments, scaling, sliding_window), None
 
-    # Elsewhere segment by segment: their lengths differ, and sdpa computes what a mask hides.
+    # FlashAttention takes 16 bits and these head sizes; anything else goes segment by segment.
+    d = query.shape[-1]
+    if query.is_cuda and query.dtype != torch.float32 and d % 8 == 0 and d <= 256 and d == value.shape[-1]:
+        return flash_attention(query, key, value, scaling, sliding_window), None
+
     outputs = []
     for q, k, v in zip(query.split(segments.query_lengths, 2), key.split(segments.key_lengths, 2),
                        value.split(segments.key_lengths, 2), strict=True):
         n, m = q.shape[2], k.shape[2]
-        mask = None  # if it is square: sdpa's is_causal is aligned at the upper left
+        mask = None  # sdpa's own causal mask is aligned at the upper left, so it serves where n == m
         if n < m or (sliding_window is not None and sliding_window < m):
             mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
             if sliding_window is not None:
@@ -192,16 +204,17 @@ def segment_attention(
     return torch.cat(outputs, 2).transpose(1, 2), None
 
 
-def flash_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None,
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None,
                     sliding_window: int | None) -> Tensor:
     """The same in one call: query (1, H, L, d), key and value gathered, (1, H', K, d) -> (1, L, H, d)."""
-    from torch.nn.attention.varlen import varlen_attn
-    # FlashAttention shares key heads by itself. torch 2.11 has no argument for it, and no check of heads.
-    options = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__kwdefaults__ else {}
-    return varlen_attn(
+    # FlashAttention shares key heads by itself; torch 2.11 has no argument for it, and no check of heads.
+    options = {"enable_gqa": True} if "enable_gqa" in varlen.varlen_attn.__kwdefaults__ else {}
+    window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)  # tokens before it, and after it
+    segments = current_row.segments
+    return varlen.varlen_attn(
         query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1),
         segments.query_offsets, segments.key_offsets, max(segments.query_lengths), max(segments.key_lengths),
-        scale=scaling, window_size=(-1 if sliding_window is None else sliding_window - 1, 0), **options)[None]
+        scale=scaling, window_size=window, **options)[None]
 
 
 transformers.AttentionInterface.register("segments", segment_attention)
@@ -219,21 +232,16 @@ def micro_batches(pairs: Sequence[Pair], indices: Sequence[int], config: Config,
     plan = data.split(lengths, ranks, config.tokens_per_micro_batch)
 
     for shares in tqdm(plan, desc=desc, unit="batch", disable=desc is None or rank != 0, leave=False):
-        here = [int(indices[j]) for j in shares[rank]]
-        yield here, data.pack([pairs[i] for i in here], config.share_prefix).to(local_device())
-
-
-def step_logps(token_logps: Tensor, batch: Batch) -> Tensor:
-    """Sum (T,) token log-probabilities by step: (2, B), chosen and rejected."""
-    return token_logps.new_zeros(2 * batch.pairs).index_add(0, batch.sequence, token_logps).view(2, -1)
+        own = [int(indices[j]) for j in shares[rank]]
+        yield own, data.pack([pairs[i] for i in own], config.share_prefix).to(local_device())
 
 
 @torch.no_grad()
 def all_logps(policy: Policy, pairs: Sequence[Pair], config: Config, desc: str) -> Tensor:
     """(2, N) fp32 on every rank: log-probabilities of the chosen and rejected steps of all pairs, in nats."""
     logps = torch.zeros(2, len(pairs), device=local_device())
-    for here, batch in micro_batches(pairs, range(len(pairs)), config, desc):
-        logps[:, here] = step_logps(policy(batch), batch)
+    for own, batch in micro_batches(pairs, range(len(pairs)), config, desc):
+        logps[:, own] = policy(batch)
     dist.all_reduce(logps)  # each pair was filled in by one rank
     return logps
 
@@ -255,30 +263,23 @@ def train_step(
     Raises InputError, and leaves the model as it was, if the loss or the gradient is not finite.
     """
     began = time.perf_counter()
-    # Sums stay on the device: a number asked for in between would wait for it.
-    zero = partial(torch.zeros, (), dtype=torch.float64, device=local_device())
-    sums: dict[str, Tensor] = defaultdict(zero)
+    logps = torch.zeros_like(reference)  # of this batch's pairs, for the metrics
 
-    for here, batch in micro_batches(pairs, indices, config):
-        chosen, rejected = step_logps(policy(batch), batch)
-        reference_chosen, reference_rejected = reference[:, here]
-        losses, chosen_rewards, rejected_rewards = step_dpo_loss(
-            chosen, rejected, reference_chosen, reference_rejected, config.beta)
+    for own, batch in micro_batches(pairs, indices, config):
+        chosen, rejected = policy(batch)
+        reference_chosen, reference_rejected = reference[:, own]
+        losses, _, _ = step_dpo_loss(chosen, rejected, reference_chosen, reference_rejected, config.beta)
 
         # The mean over the global batch, however many ranks and micro-batches it is cut into. FSDP averages
         # gradients over the ranks, and what is wanted is their sum.
         loss = losses.sum() / len(indices)
         (loss * dist.get_world_size()).backward()
+        logps[:, own] = torch.stack([chosen, rejected]).detach()
 
-        for name, value in metric_sums(losses, chosen_rewards, rejected_rewards, chosen, rejected).items():
-            sums[name] += value
-        sums["tokens"] += batch.input_ids.numel()
-
-    totals = sum_over_ranks(sums)
-    tokens = totals.pop("tokens")
-    metrics = {name: total / len(indices) for name, total in totals.items()}
-    norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)  # sharded, as they are
-    norm = norm.full_tensor().item()
+    dist.all_reduce(logps)  # each pair was filled in by one rank
+    metrics = average_metrics(logps[:, indices], reference[:, indices], config.beta)
+    # The gradients stay sharded; the norm is that of all shards together.
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).full_tensor().item()
     if not (math.isfinite(metrics["loss"]) and math.isfinite(norm)):
         some = ", ".join(pairs[i].where for i in indices[:5])
         raise InputError(f"step {step}: loss {metrics['loss']}, gradient norm {norm}; nothing was updated. "
@@ -287,6 +288,7 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad()
     seconds = time.perf_counter() - began
+    tokens = sum(pairs[i].tokens(config.share_prefix) for i in indices)
     metrics |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"],
                 "tokens_per_second": tokens / seconds, "pairs_per_second": len(indices) / seconds}
     if local_device().type == "cuda":
@@ -294,26 +296,21 @@ def train_step(
     return metrics
 
 
-def metric_sums(losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor, chosen_logps: Tensor,
-                rejected_logps: Tensor) -> dict[str, Tensor]:
-    """Sums over (B,) pairs in fp64, under the names that TRL uses, so that plots overlay."""
+def average_metrics(logps: Tensor, reference: Tensor, beta: float) -> dict[str, float]:
+    """Averages over N pairs, of (2, N) log-probabilities, under TRL's names, so that plots overlay."""
+    chosen, rejected = logps
+    losses, chosen_rewards, rejected_rewards = step_dpo_loss(chosen, rejected, *reference, beta)
     per_pair = {
         "loss": losses,
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
         "rewards/margins": chosen_rewards - rejected_rewards,
         "rewards/accuracies": chosen_rewards > rejected_rewards,
-        "logps/chosen": chosen_logps,
-        "logps/rejected": rejected_logps,
+        "logps/chosen": chosen,
+        "logps/rejected": rejected,
     }
-    return {name: values.detach().double().sum() for name, values in per_pair.items()}
-
-
-def sum_over_ranks(sums: dict[str, Tensor]) -> dict[str, float]:
-    """All sums in one message, and in one copy from the device."""
-    stacked = torch.stack(list(sums.values()))
-    dist.all_reduce(stacked)
-    return dict(zip(sums, stacked.tolist(), strict=True))
+    averages = torch.stack([values.double().mean() for values in per_pair.values()])
+    return dict(zip(per_pair, averages.tolist(), strict=True))  # one copy from the device
 
 
 def learning_rate(step: int, steps: int, config: Config) -> float:
@@ -328,16 +325,12 @@ def evaluate(step: int, policy: Policy, held_out: Sequence[Pair], reference: Ten
     """Log and print the metrics of the held-out pairs, if there are any (figure 2 of the paper)."""
     if not held_out:
         return
-    chosen, rejected = all_logps(policy, held_out, config, "evaluating")
-    losses, chosen_rewards, rejected_rewards = step_dpo_loss(chosen, rejected, *reference, config.beta)
-    sums = metric_sums(losses, chosen_rewards, rejected_rewards, chosen, rejected)
-    means = {name: total.item() / len(held_out) for name, total in sums.items()}
-    log(config, {"step": step, **{f"eval/{name}": mean for name, mean in means.items()}})
+    metrics = average_metrics(all_logps(policy, held_out, config, "evaluating"), reference, config.beta)
+    log(config, {"step": step, **{f"eval/{name}": value for name, value in metrics.items()}})
 
-    # Before the first step policy and reference are the same, so that no reward is the larger one.
-    undefined = step == 0 and not config.reference
-    accuracy = "-" if undefined else f"{means['rewards/accuracies']:.1%}"
-    print0(f"step {step:4d}   held-out loss {means['loss']:.4f}, margin {means['rewards/margins']:+.4f}, "
+    # Before the first step the policy is its own reference, and no reward is the larger one.
+    accuracy = f"{metrics['rewards/accuracies']:.1%}" if step > 0 or config.reference else "-"
+    print0(f"step {step:4d}   held-out loss {metrics['loss']:.4f}, margin {metrics['rewards/margins']:+.4f}, "
            f"accuracy {accuracy}")
 
 
@@ -345,14 +338,14 @@ def train(config: Config) -> None:
     """The whole run: read, self-check, reference pass, optimizer steps, export. Collective."""
     start_processes()
     if is_finished(config):
-        return
+        return print0(f"finished    already: {config.output_dir}/model")
 
     # What is trained on, and in which order.
     folder = resolve(config.model)
     tokenizer = data.read_tokenizer(folder)
     pairs = read_pairs("training", config.data, tokenizer, config)
     held_out = read_pairs("held-out", config.eval_data, tokenizer, config)
-    config = fill_defaults(config, pairs + held_out)
+    config = fill_budget(config, pairs + held_out)
     plan = data.schedule(len(pairs), config.batch_size, config.epochs, config.seed)
     plan = plan[:config.max_steps or len(plan)]
 
@@ -361,25 +354,28 @@ def train(config: Config) -> None:
     optimizer = torch.optim.AdamW(
         policy.parameters(), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
     first = start_or_resume(policy, optimizer, folder, pairs, plan, config)
-    stop_asked = notice_sigterm()
 
-    began, quiet = time.perf_counter(), dist.get_rank() > 0
-    with tqdm(total=len(plan), initial=first, desc="training", unit="step", disable=quiet) as bar:
-        for step in range(first, len(plan)):
-            if step % config.eval_every == 0:
-                evaluate(step, policy, held_out, held_out_reference, config)
-            optimizer.param_groups[0]["lr"] = learning_rate(step, len(plan), config)
-            metrics = train_step(step, policy, optimizer, pairs, plan[step], reference, config)
-            log(config, {"step": step, **metrics})
-            bar.set_postfix_str(f"loss {metrics['loss']:.4f}, margin {metrics['rewards/margins']:+.4f}, "
-                                f"{metrics['pairs_per_second']:.1f} pairs/s", refresh=False)
-            bar.update()
-            save_if_due(policy, optimizer, step + 1, len(plan), stop_asked, config)
+    stop_asked = []  # no longer empty once SIGTERM came, as it does to a job that is preempted
+    default = signal.signal(signal.SIGTERM, lambda *_: stop_asked.append(True))
+    began = time.perf_counter()
+    bar = tqdm(range(first, len(plan)), initial=first, total=len(plan), desc="training", unit="step",
+               disable=dist.get_rank() > 0)
+    for step in bar:
+        if step % config.eval_every == 0:
+            evaluate(step, policy, held_out, held_out_reference, config)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, len(plan), config)
+        metrics = train_step(step, policy, optimizer, pairs, plan[step], reference, config)
+        log(config, {"step": step, **metrics})
+        bar.set_postfix_str(f"loss {metrics['loss']:.4f}, margin {metrics['rewards/margins']:+.4f}, "
+                            f"{metrics['pairs_per_second']:.1f} pairs/s", refresh=False)
+        save_if_due(policy, optimizer, step + 1, len(plan), stop_asked, config)
 
     # Exported before it is evaluated: the weights are what must not be lost.
-    export(policy, folder, os.path.join(config.output_dir, "model"))
+    export(policy, folder, f"{config.output_dir}/model")
+    signal.signal(signal.SIGTERM, default)
     evaluate(len(plan), policy, held_out, held_out_reference, config)
-    minutes, seen = (time.perf_counter() - began) / 60, sum(len(indices) for indices in plan[first:])
+    minutes = (time.perf_counter() - began) / 60
+    seen = sum(len(indices) for indices in plan[first:])
     print0(f"finished    {len(plan) - first} optimizer steps, {seen:,} pairs in {minutes:.1f} min",
            f"            metrics in {config.output_dir}/metrics.jsonl, model in {config.output_dir}/model")
 
@@ -399,21 +395,16 @@ def read_pairs(name: str, source: str | None, tokenizer: Any, config: Config) ->
     return pairs
 
 
-def fill_defaults(config: Config, pairs: list[Pair]) -> Config:
-    """With the defaults that depend on the device. Raises InputError if a pair exceeds the micro-batch."""
-    cuda = local_device().type == "cuda"
+def fill_budget(config: Config, pairs: list[Pair]) -> Config:
+    """With --tokens-per-micro-batch, if it was not given. Raises InputError if a pair exceeds it."""
     longest = max(pairs, key=lambda pair: pair.tokens(config.share_prefix))
     needed = longest.tokens(config.share_prefix)
-
-    config = Config(**vars(config))
-    config.dtype = config.dtype or ("bfloat16" if cuda else "float32")
-    config.tokens_per_micro_batch = config.tokens_per_micro_batch or max(needed, 4096 if cuda else 1024)
-    if config.activation_checkpointing is None:
-        config.activation_checkpointing = cuda
-    if needed > config.tokens_per_micro_batch:
+    usual = 4096 if local_device().type == "cuda" else 1024
+    budget = config.tokens_per_micro_batch or max(needed, usual)
+    if needed > budget:
         raise InputError(f"{longest.where}: takes {needed} tokens, more than --tokens-per-micro-batch "
-                         f"{config.tokens_per_micro_batch}; raise that or lower --max-length")
-    return config
+                         f"{budget}; raise that or lower --max-length")
+    return Config(**{**vars(config), "tokens_per_micro_batch": budget})
 
 
 def reference_pass(folder: str, pairs: list[Pair], held_out: list[Pair], plan: list, tokenizer: Any,
@@ -428,16 +419,8 @@ def reference_pass(folder: str, pairs: list[Pair], held_out: list[Pair], plan: l
         raise InputError(f"--reference {config.reference}: its vocabulary is not that of {config.model}")
 
     policy = build(reference_folder, config)
-    # An embedding's index out of range is a device assert on CUDA, and no message.
-    embeddings = policy.model.get_input_embeddings().num_embeddings
-    for pair in pairs + held_out:
-        largest = max(pair.prefix + pair.chosen + pair.rejected)
-        if largest >= embeddings:
-            raise InputError(f"{pair.where}: has token {largest}, but {config.model} has {embeddings} "
-                             "embeddings; its tokenizer belongs to another model")
-
     describe(policy, pairs, plan, tokenizer, config)
-    self_check(policy, pairs, config)
+    self_check(policy, reference_folder, pairs, held_out, config)
     reference = reference_logps(policy, reference_folder, "training", pairs, config)
     held_out_reference = reference_logps(policy, reference_folder, "held-out", held_out, config)
 
@@ -445,7 +428,7 @@ def reference_pass(folder: str, pairs: list[Pair], held_out: list[Pair], plan: l
         del policy
         gc.collect()  # sharded layers stand in reference cycles, and two models may not fit
         policy = build(folder, config)
-        self_check(policy, pairs, config)
+        self_check(policy, folder, pairs, held_out, config)
     return policy, reference, held_out_reference
 
 
@@ -467,23 +450,28 @@ def describe(policy: Policy, pairs: list[Pair], plan: list, tokenizer: Any, conf
 
 
 @torch.no_grad()
-def self_check(policy: Policy, pairs: Sequence[Pair], config: Config) -> None:
+def self_check(policy: Policy, folder: str, pairs: list[Pair], held_out: list[Pair], config: Config) -> None:
     """Packed log-probabilities of two pairs against the model's own on their four plain sequences.
 
-    Attention that ignores the segments would otherwise be silent. Raises InputError if the mean difference
-    of one of the four is more than rounding, in nats per token.
+    Attention that does not keep to the segments would otherwise be silent. Raises InputError if one of the
+    four differs by more than rounding, and if the tokenizer is another model's.
     """
-    by_length = sorted(pairs, key=lambda pair: pair.tokens(config.share_prefix))
-    sample = [by_length[-1], by_length[0]]  # the longest meets every window; two show that pairs are separate
-    packed = policy(data.pack(sample, config.share_prefix).to(local_device()))  # (T,)
+    # An index out of range is a device assert on CUDA, and no message.
+    embeddings = policy.model.get_input_embeddings().num_embeddings
+    for pair in pairs + held_out:
+        largest = max(pair.prefix + pair.chosen + pair.rejected)
+        if largest >= embeddings:
+            raise InputError(f"{pair.where}: has token {largest}, but {folder} has {embeddings} embeddings; "
+                             "its tokenizer belongs to another model")
 
-    differences = []
-    for pair in sample:
-        for step in (pair.chosen, pair.rejected):
-            ours, packed = packed[:len(step)], packed[len(step):]
-            sequence = torch.tensor(pair.prefix + step, device=local_device())
-            plain = policy.plain_token_logps(sequence, len(step))
-            differences.append((ours - plain).abs().mean())
+    by_length = sorted(pairs, key=lambda pair: pair.tokens(config.share_prefix))
+    sample = [by_length[-1], by_length[0]]  # the longest meets the windows; two show that pairs are separate
+    with reading(folder):  # what the model says if it cannot run on the library's sdpa
+        packed = policy(data.pack(sample, config.share_prefix).to(local_device()))  # (2, 2)
+        differences = []
+        for pair, logps in zip(sample, packed.T, strict=True):
+            for step, logp in zip((pair.chosen, pair.rejected), logps, strict=True):
+                differences.append((logp - policy.plain_logp(pair.prefix, step)).abs() / len(step))
     worst = torch.stack(differences).max().item()  # NaN if one is
 
     allowed = 1e-3 if config.dtype == "float32" else 0.1  # bf16 logits alone are off by 0.02-0.04
@@ -503,8 +491,8 @@ def reference_logps(policy: Policy, folder: str, name: str, pairs: Sequence[Pair
     """
     if not pairs:
         return torch.empty(2, 0)
-    files = sorted(set(weight_files(folder).values()))
-    # The identity samples large tensors. A model retrained in place could slip through, but for its time.
+    files = weight_files(folder)
+    # Large tensors are only sampled, so the time of writing counts: a model retrained in place is another.
     written = [os.stat(os.path.join(folder, file)).st_mtime_ns for file in files]
     key = data.content_key(
         data.model_identity(folder), str(written), data.fingerprint(pairs), config.dtype,
@@ -563,10 +551,15 @@ def build(folder: str, config: Config) -> Policy:
     It is built on the meta device, where parameters take no memory, then sharded, and only then do the shards
     get memory and numbers: no rank ever holds the whole model.
     """
-    with reading(folder), torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(
-            transformers.AutoConfig.from_pretrained(folder), dtype=torch.float32,
-            attn_implementation="segments")
+    with reading(folder):
+        hf_config = transformers.AutoConfig.from_pretrained(folder)
+        try:
+            with torch.device("meta"):
+                model = transformers.AutoModelForCausalLM.from_config(
+                    hf_config, dtype=torch.float32, attn_implementation="segments")
+        except KeyError as error:  # it looks its attention class up by that name
+            raise InputError(f"{folder}: the attention of {hf_config.model_type} models cannot be replaced "
+                             f"({error}): it is not supported") from None
     policy = Policy(model).eval()
     compute_buffers(model)
     shard(policy, config)
@@ -581,14 +574,15 @@ def compute_buffers(model: nn.Module) -> None:
     The model's own initialisation computes them. Raises InputError for one that it leaves as it was.
     """
     for path, module in model.named_modules():
-        names = [name for name, buffer in module._buffers.items() if buffer is not None]
+        names = [name for name, _ in module.named_buffers(recurse=False)]
         for name in names:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device=local_device())
+            setattr(module, name, torch.empty_like(getattr(module, name), device=local_device()))
         if names:
-            model._init_weights(module)  # as from_pretrained does; its parameters are still on meta
+            model._init_weights(module)  # as from_pretrained does; parameters are still on meta
 
-        for name in module._non_persistent_buffers_set.intersection(names):
-            if module._buffers[name]._version == 0:  # nothing was written into it
+        for name in names:
+            never_written = getattr(module, name)._version == 0  # torch counts changes in place
+            if never_written and name in module._non_persistent_buffers_set:
                 raise InputError(f"{type(model).__name__} is not supported: its buffer {path}.{name} is in "
                                  "no checkpoint, and the model's initialisation does not compute it")
 
@@ -622,7 +616,7 @@ def shard(policy: Policy, config: Config) -> None:
         wrap(embedding)
         wrap(head)
     wrap(policy, reshard_after_forward=True)  # else passes without gradients leave gathered parameters behind
-    fsdp.register_fsdp_forward_method(policy, "plain_token_logps")
+    fsdp.register_fsdp_forward_method(policy, "plain_logp")
 
     # Memory for the shards. Not `to_empty`, which would empty the buffers too.
     home = torch.device("cpu") if config.offload else device
@@ -631,71 +625,79 @@ def shard(policy: Policy, config: Config) -> None:
         head.weight = embedding.weight  # _apply has made two of one
 
 
-def weight_files(folder: str) -> dict[str, str]:
-    """Tensor name -> the safetensors file that holds it, as a path inside the model folder."""
+def weight_files(folder: str) -> dict[str, list[str]]:
+    """Safetensors file, as a path inside the model folder -> the names of its tensors. Sorted."""
     single, index = f"{folder}/model.safetensors", f"{folder}/model.safetensors.index.json"
-    if os.path.exists(index):
-        files = data.parse_json(index, data.read_bytes(index))["weight_map"]
-        for file in set(files.values()):
-            if os.path.isabs(file) or os.pardir in file.split("/"):
-                raise InputError(f"{index}: {file!r} must be a file inside that folder")
-        return files
-    if not os.path.exists(single):
-        raise InputError(f"{folder}: has no model.safetensors(.index.json); "
-                         "only safetensors weights are loaded")
-    with safe_open(single, "pt") as file:
-        return dict.fromkeys(file.keys(), "model.safetensors")
+    if not os.path.exists(index):
+        if not os.path.exists(single):
+            raise InputError(f"{folder}: has no model.safetensors(.index.json); "
+                             "only safetensors weights are loaded")
+        with safe_open(single, "pt") as file:
+            return {"model.safetensors": sorted(file.keys())}
+
+    files: dict[str, list[str]] = {}
+    weight_map = data.parse_json(index, data.read_bytes(index))["weight_map"]
+    for name, path in sorted(weight_map.items(), key=lambda item: item[::-1]):
+        if os.path.isabs(path) or os.pardir in path.split("/"):
+            raise InputError(f"{index}: {path!r} must be a file inside that folder")
+        files.setdefault(path, []).append(name)
+    return files
 
 
 @torch.no_grad()
 def load(policy: Policy, folder: str) -> None:
-    """Fill the shards: each rank reads only its own rows of each tensor, and opens each file once.
+    """Fill the shards: each rank reads only its own rows of each tensor.
 
     Raises InputError if the tensors in the folder are not, one to one, those of the model.
     """
     files, tensors = weight_files(folder), policy.model.state_dict(keep_vars=True)
-    filled = {tensor for name, tensor in tensors.items() if name in files}  # tied: stored once or twice
+    stored = [name for names in files.values() for name in names]
+    filled = {tensors[name] for name in stored if name in tensors}  # tied: stored once or twice
     missing = [name for name, tensor in tensors.items() if tensor not in filled]
-    unknown = [name for name in files if name not in tensors and not name.endswith("inv_freq")]  # recomputed
+    unknown = [name for name in stored if name not in tensors and not name.endswith("inv_freq")]  # recomputed
     if missing or unknown:
         raise InputError(f"{folder}: its tensors are not one to one those of {policy.name}, which is not "
                          f"supported (missing: {missing[:3]}, left over: {unknown[:3]})")
 
-    names = sorted(tensors.keys() & files.keys(), key=lambda name: (files[name], name))
-    bar = tqdm(names, desc="loading", unit="tensor", disable=dist.get_rank() > 0, leave=False)
-    for path, names_in_file in itertools.groupby(bar, key=files.get):
-        with safe_open(os.path.join(folder, path), "pt") as file:
-            for name in names_in_file:
-                tensor, stored = tensors[name], file.get_slice(name)
-                if stored.get_shape() != list(tensor.shape):
-                    raise InputError(f"{folder}/{path}: {name} must be {[*tensor.shape]}, "
-                                     f"got {stored.get_shape()}")
-                if isinstance(tensor, DTensor):
-                    rows = math.ceil(len(tensor) / dist.get_world_size())  # FSDP cuts rows like torch.chunk
-                    start = min(dist.get_rank() * rows, len(tensor))
-                    tensor.to_local().copy_(stored[start:start + rows])
-                else:
-                    tensor.copy_(stored[...])
+    bar = tqdm(total=len(stored), desc="loading", unit="tensor", disable=dist.get_rank() > 0, leave=False)
+    for path, names in files.items():
+        with safe_open(f"{folder}/{path}", "pt") as file:
+            for name in names:
+                if name in tensors:
+                    fill(tensors[name], file.get_slice(name), f"{folder}/{path}: {name}")
+                bar.update()
+    bar.close()
+
+
+def fill(tensor: Tensor, stored: Any, where: str) -> None:
+    """Copy a stored tensor, or of a sharded one this rank's rows."""
+    if stored.get_shape() != list(tensor.shape):
+        raise InputError(f"{where} must be {[*tensor.shape]}, got {stored.get_shape()}")
+    if not isinstance(tensor, DTensor):
+        tensor.copy_(stored[...])
+        return
+    rows = math.ceil(len(tensor) / dist.get_world_size())  # FSDP cuts dimension 0 like torch.chunk
+    start = min(dist.get_rank() * rows, len(tensor))
+    tensor.to_local().copy_(stored[start:start + rows])
 
 
 @torch.no_grad()
 def export(policy: Policy, source: str, folder: str) -> None:
     """Write the folder `source` again with the trained numbers in it: same files, names and dtypes, so
     whatever loads one loads the other. Complete or absent, never half."""
-    files, tensors = weight_files(source), policy.model.state_dict()
-    is_writer, unfinished = dist.get_rank() == 0, folder + ".tmp"
+    tensors, is_writer, unfinished = policy.model.state_dict(), dist.get_rank() == 0, f"{folder}.tmp"
     if is_writer:
         shutil.rmtree(unfinished, ignore_errors=True)
         os.makedirs(unfinished)
         for name in os.listdir(source):  # configuration, tokenizer, chat template: byte for byte
             if name.endswith((".json", ".jinja", ".txt", ".model")):
-                shutil.copy(os.path.join(source, name), unfinished)
+                shutil.copy(f"{source}/{name}", unfinished)
 
-    paths = sorted(set(files.values()))
-    for path in tqdm(paths, desc="exporting", unit="file", disable=not is_writer, leave=False):
+    files = weight_files(source)
+    for path in tqdm(files, desc="exporting", unit="file", disable=not is_writer, leave=False):
         trained = {}
-        with safe_open(os.path.join(source, path), "pt") as before:
-            for name in sorted(name for name in files if files[name] == path):
+        with safe_open(f"{source}/{path}", "pt") as before:
+            for name in files[path]:
                 if name not in tensors:
                     trained[name] = before.get_tensor(name)
                     continue
@@ -704,10 +706,9 @@ def export(policy: Policy, source: str, folder: str) -> None:
                 if is_writer:
                     trained[name] = whole.to("cpu", before.get_slice(name)[:0].dtype, copy=True)
         if is_writer:
-            target = os.path.join(unfinished, path)
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            save_file(trained, target, metadata={"format": "pt"})
-            shutil.copymode(os.path.join(source, path), target)  # safetensors lets only the owner read
+            os.makedirs(os.path.dirname(f"{unfinished}/{path}"), exist_ok=True)
+            save_file(trained, f"{unfinished}/{path}", metadata={"format": "pt"})
+            shutil.copymode(f"{source}/{path}", f"{unfinished}/{path}")  # else only their owner can read them
 
     if is_writer:
         shutil.rmtree(folder, ignore_errors=True)
@@ -723,20 +724,17 @@ def is_finished(config: Config) -> bool:
     out = config.output_dir
     if os.path.exists(out) and not os.path.isdir(out):
         raise InputError(f"--output-dir {out}: is not a folder")
-    if os.path.exists(os.path.join(out, "metrics.jsonl")) and not config.resume:
+    if os.path.exists(f"{out}/metrics.jsonl") and not config.resume:
         raise InputError(f"{out}: already holds a run; continue it with --resume "
                          "or choose another --output-dir")
-    finished = config.resume and os.path.isdir(os.path.join(out, "model"))
-    if finished:
-        print0(f"finished    already: {os.path.join(out, 'model')}")
-    return finished
+    return config.resume and os.path.isdir(f"{out}/model")
 
 
 def start_or_resume(policy: Policy, optimizer: torch.optim.Optimizer, folder: str, pairs: list[Pair],
                     plan: list, config: Config) -> int:
     """Load the checkpoint with --resume, and write run.json. Returns the optimizer steps already done."""
-    identity = {"config": vars(config), "pairs": data.fingerprint(pairs),
-                "weights": data.model_identity(folder)}
+    content = {"data": data.fingerprint(pairs), "model": data.model_identity(folder)}
+    identity = {"config": vars(config), "content": content}
     first = resume(policy, optimizer, identity, config.output_dir) if config.resume else 0
     if dist.get_rank() == 0:
         packages = ("torch", "triton", "transformers", "safetensors", "numpy")
@@ -753,7 +751,7 @@ def resume(policy: Policy, optimizer: torch.optim.Optimizer, identity: dict[str,
 
     Raises InputError if there is none, or if a flag or the data that the result depends on has changed.
     """
-    folder = os.path.join(out, "checkpoints")
+    folder = f"{out}/checkpoints"
     present = os.listdir(folder) if os.path.isdir(folder) else []
     names = sorted(name for name in present if re.fullmatch(r"step-\d+", name))
     if not names:
@@ -764,9 +762,10 @@ def resume(policy: Policy, optimizer: torch.optim.Optimizer, identity: dict[str,
     # Loaded into the very tensors, sharded as they are now: any number of ranks may go on.
     model_state, optimizer_state = get_state_dict(policy, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=os.path.join(folder, names[-1]))
+    dcp.load(state, checkpoint_id=f"{folder}/{names[-1]}")
     set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     step = int(names[-1].removeprefix("step-"))
+
     if dist.get_rank() == 0:
         with open(f"{out}/metrics.jsonl") as file:
             complete = [line for line in file if line.endswith("\n")]  # kill -9 may have torn the last one
@@ -787,9 +786,9 @@ def refuse_changes(identity: dict[str, Any], out: str) -> None:
         was = before["config"].get(name)
         if name not in free and was != value:
             changed.append(f"--{name.replace('_', '-')} {was} -> {value}")
-    for name, flag in (("pairs", "data"), ("weights", "model")):
-        if before[name] != identity[name]:
-            changed.append(f"content of --{flag}")
+    for name, value in identity["content"].items():
+        if before["content"][name] != value:
+            changed.append(f"content of --{name}")
     if changed:
         raise InputError(f"--resume: {out} was started with another {', '.join(changed)}")
 
@@ -804,9 +803,8 @@ def save_if_due(policy: Policy, optimizer: torch.optim.Optimizer, done: int, ste
     stopping = asked.item() > 0 and not is_last
 
     # The last step is saved too, because the export may find the disk full.
-    due = config.save_every and (is_last or done % config.save_every == 0)
-    if due or stopping:
-        save(policy, optimizer, os.path.join(config.output_dir, "checkpoints"), done)
+    if stopping or config.save_every and (is_last or done % config.save_every == 0):
+        save(policy, optimizer, f"{config.output_dir}/checkpoints", done)
     if stopping:
         print0(f"stopped     after optimizer step {done} of {steps}; "
                "the same command with --resume continues")
@@ -816,20 +814,20 @@ def save_if_due(policy: Policy, optimizer: torch.optim.Optimizer, done: int, ste
 def save(policy: Policy, optimizer: torch.optim.Optimizer, folder: str, step: int) -> None:
     """A sharded checkpoint, complete or absent; those before are removed after it."""
     # Written under another name first: what is called step-N is complete.
-    older = os.listdir(folder) if os.path.isdir(folder) else []
-    path = os.path.join(folder, f"step-{step:06d}")
+    older, path = os.listdir(folder) if os.path.isdir(folder) else [], f"{folder}/step-{step:06d}"
     model_state, optimizer_state = get_state_dict(policy, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path + ".tmp")
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=f"{path}.tmp")
     if dist.get_rank() == 0:
-        os.rename(path + ".tmp", path)
-        for name in older:
-            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)  # PATH.tmp of a killed run is gone
+        os.rename(f"{path}.tmp", path)
+        for name in older:  # also what a killed run left as step-N.tmp; this step's is renamed by now
+            shutil.rmtree(f"{folder}/{name}", ignore_errors=True)
     dist.barrier()
 
 
 def log(config: Config, line: dict[str, float]) -> None:
+    """Add a line to metrics.jsonl."""
     if dist.get_rank() == 0:
-        with open(os.path.join(config.output_dir, "metrics.jsonl"), "a") as file:
+        with open(f"{config.output_dir}/metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
 
@@ -860,62 +858,50 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if local_device().type == "cuda" else "CPU"
 
 
-def notice_sigterm() -> list:
-    """A list that is no longer empty once SIGTERM came, as it does to a job that is preempted."""
-    asked = []
-    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
-    return asked
-
-
 def parse(argv: Sequence[str] | None = None) -> Config:
     """The flags. The defaults are the paper's, where the paper has the thing."""
     parser = data.Parser("stepdpo.py", description=__doc__, epilog=(
         "@FILE reads flags from FILE, written as on the command line; # starts a comment."))
-    switch = argparse.BooleanOptionalAction
+    switch, cuda = argparse.BooleanOptionalAction, torch.cuda.is_available()
 
-    add = parser.add_argument_group("what is trained on what").add_argument
-    add("--model", required=True, help="model to train: a Hugging Face folder with safetensors, or hub name")
-    add("--data", required=True, help="step pairs to train on: .jsonl, .json, .parquet or a hub dataset")
-    add("--output-dir", required=True, help="folder for metrics.jsonl, run.json, checkpoints/, model/")
+    add = parser.add_argument_group("model and data").add_argument
+    add("--model", type=TEXT, required=True, help="to train: a folder with safetensors, or hub name")
+    add("--data", type=TEXT, required=True, help="step pairs: .jsonl, .json, .parquet or a hub dataset")
+    add("--output-dir", type=TEXT, required=True, help="for metrics.jsonl, run.json, checkpoints/, model/")
     add("--reference", help="reference model [the model itself before training]")
     add("--span", choices=data.SPANS, default="step", help="one step, or whole solutions: plain DPO [step]")
     add("--template", choices=data.TEMPLATES, default="chat", help="around problem and answer [chat]")
-    add("--instruction", help="text after the problem in the user turn, '' for none [the template's own: "
-                              f"{data.INSTRUCTION!r}, but nothing for alpaca]")
-    add("--max-length", type=POSITIVE_INT, default=1024, help="tokens of prefix + step; longer pairs are "
-        "dropped and counted, never cut [1024]")
+    add("--instruction", help="text after the problem in the user turn, '' for none [the template's own]")
+    add("--max-length", type=POSITIVE_INT, default=1024, help="tokens; drop longer pairs, counted [1024]")
 
     add = parser.add_argument_group("the method").add_argument
     add("--beta", type=POSITIVE_FLOAT, default=0.4,
         help="strength of the pull towards the reference; paper: 0.4, and 0.5 for 72B [0.4]")
     add("--learning-rate", type=POSITIVE_FLOAT, default=5e-7, help="at its peak; then cosine to 0 [5e-7]")
     add("--warmup-ratio", type=FLOAT, default=0.1, help="share of optimizer steps in which it rises [0.1]")
-    add("--batch-size", type=POSITIVE_INT, default=128,
-        help="pairs per optimizer step over all ranks, about: epochs are cut evenly [128]")
+    add("--batch-size", type=POSITIVE_INT, default=128, help="pairs per optimizer step of all ranks [128]")
     add("--epochs", type=POSITIVE_INT, default=8, help="passes over the pairs; paper: 8, above 30B 4 [8]")
-    add("--max-steps", type=INT, default=0, help="end the schedule after so many optimizer steps [0: not]")
+    add("--max-steps", type=INT, default=0, help="end the schedule after so many optimizer steps [no limit]")
     add("--max-grad-norm", type=POSITIVE_FLOAT, default=1.0, help="clip the gradient to this norm [1.0]")
     add("--seed", type=INT, default=0, help="of the order of the pairs [0]")
 
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
     add("--eval-data", help="held-out step pairs: the same metrics, no training")
-    add("--eval-every", type=POSITIVE_INT, default=50,
-        help="optimizer steps between evaluations; there is always one before and one after [50]")
+    add("--eval-every", type=POSITIVE_INT, default=50, help="optimizer steps between evaluations [50]")
     add("--test-problems", help="held-out problems with answers: at the end, greedy accuracy before and "
         "after, in answers of at most --max-length tokens; each process holds a whole model for it")
-    add("--save-every", type=INT, default=0,
-        help="optimizer steps between checkpoints [0: only when stopped by SIGTERM]")
+    add("--save-every", type=INT, default=0, help="optimizer steps between checkpoints [only at SIGTERM]")
     add("--resume", action=switch, default=False, help="continue from the checkpoint in --output-dir")
 
     add = parser.add_argument_group("memory and speed: the result stays the same").add_argument
     add("--tokens-per-micro-batch", type=POSITIVE_INT,
         help="tokens in one forward and backward of a rank [4096 on CUDA, 1024 on CPU]")
     add("--share-prefix", action=switch, default=True, help="lay out once what chosen and rejected share")
-    add("--activation-checkpointing", action=switch,
+    add("--activation-checkpointing", action=switch, default=cuda,
         help="keep only each layer's input: less memory, 1/3 more work [on CUDA, not on CPU]")
     add("--offload", action=switch, default=False, help="parameters, gradients, optimizer in CPU memory")
     add("--compile", action=switch, default=False, help="torch.compile each decoder layer")
-    add("--dtype", choices=("bfloat16", "float32"),
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16" if cuda else "float32",
         help="compute type; master weights are float32 [bfloat16 on CUDA, else float32]")
     return parser.parse_args(argv)
 
@@ -936,8 +922,7 @@ def main() -> None:
             print(f"stepdpo.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        data.leave_process_group()
 
 
 if __name__ == "__main__":

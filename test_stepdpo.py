@@ -144,14 +144,31 @@ def test_kernel_writes_the_gradient_of_a_tile_in_half_precision(monkeypatch, dty
 
 def test_kernel_computes_only_the_gradients_asked_for(op):
     function, device = op
+    targets, products = torch.tensor([1, 2, 69], device=device), {}
     for asked in itertools.product((False, True), repeat=2):
         hidden, weight = torch.randn(3, 8, device=device), torch.randn(70, 8, device=device)
         hidden.requires_grad_(asked[0]), weight.requires_grad_(asked[1])
-        logps = function(hidden, weight, torch.tensor([1, 2, 69], device=device))
+        logps = function(hidden, weight, targets)
         assert logps.requires_grad == any(asked)
         if any(asked):
-            logps.sum().backward()
+            with CountedCalls("mm", "addmm") as counted:
+                logps.sum().backward()
+            products[asked] = counted.calls
         assert (hidden.grad is not None, weight.grad is not None) == asked
+    # Of each of two blocks the logits, and then one product for each gradient.
+    assert products == {(True, False): 4, (False, True): 4, (True, True): 6}
+
+
+class CountedCalls(TorchDispatchMode):
+    """Counts the calls inside it of the operators with these names, in place or not."""
+
+    def __init__(self, *names):
+        super().__init__()
+        self.names, self.calls = names, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += function.__name__.split(".")[0].rstrip("_") in self.names
+        return function(*args, **(kwargs or {}))
 
 
 def test_kernel_without_tokens_gives_zero_gradients(op):
@@ -471,7 +488,7 @@ def test_packing_lays_the_prefix_out_once():
     assert batch.segments.query_offsets.tolist() == [0, 3, 5, 6, 7, 8, 10]
     assert batch.predict_at.tolist() == [2, 3, 2, 6, 6, 8]  # the last prefix token predicts both first tokens
     assert batch.targets.tolist() == [10, 11, 20, 12, 21, 22]
-    assert batch.sequence.tolist() == [0, 0, 2, 1, 3, 3]  # chosen 0, 1, rejected 2, 3
+    assert batch.step.tolist() == [0, 0, 2, 1, 3, 3]  # chosen 0, 1, rejected 2, 3
     assert batch.pairs == 2
 
     alone = data.pack(pairs[:1], share_prefix=False)
@@ -511,7 +528,7 @@ def test_attention_rule_by_hand():
         [0, 0, 0, 0, 0, 1, 0, 1]]
 
 
-def test_a_model_is_known_by_its_numbers_and_not_by_its_files_names(tiny, tmp_path):
+def test_a_model_is_known_by_its_numbers_its_tokenizer_and_its_template(tiny, tmp_path):
     def identity(change=None):
         shutil.rmtree(tmp_path / "m", ignore_errors=True)
         shutil.copytree(tiny, tmp_path / "m")
@@ -545,6 +562,11 @@ FAMILIES = {
     "mistral": (transformers.MistralConfig, dict(sliding_window=None)),
     "mistral-window": (transformers.MistralConfig, dict(sliding_window=20)),  # shorter than the pairs
     "mistral-wide-window": (transformers.MistralConfig, dict(sliding_window=200)),
+    "llama3-rope": (transformers.LlamaConfig, dict(max_position_embeddings=256, rope_parameters=dict(
+        rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=64))),
+    "yarn-rope": (transformers.Qwen2Config, dict(max_position_embeddings=256, rope_parameters=dict(
+        rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=64))),
     "gemma3-window": (transformers.Gemma3TextConfig, dict(head_dim=16, sliding_window=20, layer_types=[
         "sliding_attention", "full_attention"])),
     "gemma3-wide-window": (transformers.Gemma3TextConfig, dict(head_dim=16, sliding_window=200)),
@@ -573,9 +595,8 @@ def separate_logps(model, pairs) -> torch.Tensor:
 
 def packed_logps(model, pairs, share_prefix: bool = True) -> torch.Tensor:
     """(2, B) by the policy."""
-    batch = data.pack(pairs, share_prefix)
     model.set_attn_implementation("segments")
-    return stepdpo.step_logps(stepdpo.Policy(model)(batch), batch)
+    return stepdpo.Policy(model)(data.pack(pairs, share_prefix))
 
 
 @pytest.mark.parametrize("share_prefix", [True, False], ids=["shared", "separate"])
@@ -594,9 +615,10 @@ def test_packed_logps_and_gradients_equal_those_of_separate_sequences(tokenizer,
         assert (gradients[name] - gradient).abs().max() <= 1e-4 * size + 1e-6, name
 
 
-def varlen_by_its_documentation(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None,
-                                window_size=(-1, -1), enable_gqa=False):
-    """torch.nn.attention.varlen.varlen_attn in plain torch: (left, right) aligned at the lower right."""
+def plain_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None,
+                      window_size=(-1, -1), enable_gqa=False):
+    """torch.nn.attention.varlen.varlen_attn in plain torch. As in FlashAttention, a query sees `left` keys
+    before its own place and `right` after it, -1 for all, and the last query's place is the last key's."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and enable_gqa
     assert (cu_seq_q[-1], cu_seq_k[-1]) == (len(query), len(key))
     outputs = []
@@ -615,22 +637,67 @@ def varlen_by_its_documentation(query, key, value, cu_seq_q, cu_seq_k, max_q, ma
 
 @pytest.mark.parametrize("window", [None, 1, 3, 20, 500])
 def test_one_call_of_varlen_attn_computes_what_the_segments_do_one_by_one(tokenizer, monkeypatch, window):
-    """What CUDA runs, but for the kernel itself, which is held to its documentation."""
-    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_by_its_documentation)
-    segments = data.pack(make_pairs(tokenizer, 4)).segments
+    """What CUDA runs, but for the kernel itself, in whose place its definition stands."""
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", plain_varlen_attn)
+    segments = stepdpo.current_row.segments = data.pack(make_pairs(tokenizer, 4)).segments
     query, key, value = (torch.randn(1, heads, sum(segments.query_lengths), 8) for heads in (4, 2, 2))
-    one_by_one, _ = stepdpo.segment_attention(torch.nn.Module(), query, key, value, segments=segments,
-                                              scaling=0.3, sliding_window=window)
+    one_by_one, _ = stepdpo.segment_attention(torch.nn.Module(), query, key, value, scaling=0.3,
+                                              sliding_window=window)
     gathered = (x.index_select(2, segments.key_index) for x in (key, value))
-    at_once = stepdpo.flash_attention(query, *gathered, segments, 0.3, window)
+    at_once = stepdpo.flash_attention(query, *gathered, 0.3, window)
     torch.testing.assert_close(at_once, one_by_one, rtol=1e-5, atol=1e-5)
+
+
+@needs_cuda
+@pytest.mark.parametrize("window", [None, 1, 20])
+def test_varlen_attention_on_cuda_equals_the_segments_one_by_one(tokenizer, window):
+    segments = stepdpo.current_row.segments = data.pack(make_pairs(tokenizer, 4)).to("cuda").segments
+    length = sum(segments.query_lengths)
+    exact = [torch.randn(1, heads, length, 64, device="cuda", requires_grad=True) for heads in (4, 2, 2)]
+    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+    outputs = [stepdpo.segment_attention(torch.nn.Module(), *x, sliding_window=window)[0]
+               for x in (exact, rounded)]
+    upstream = torch.randn_like(outputs[0])
+    outputs[0].backward(upstream), outputs[1].backward(upstream.bfloat16())
+    for ours, truth in zip([outputs[1], *(x.grad for x in rounded)], [outputs[0], *(x.grad for x in exact)],
+                           strict=True):
+        assert (ours.float() - truth).norm() <= 0.02 * truth.norm()
 
 
 @pytest.mark.parametrize("beyond", ["softcap", "s_aux", "position_bias"])
 def test_attention_beyond_causal_and_windows_is_refused_by_name(beyond):
-    query, segments = torch.randn(1, 2, 1, 8), data.pack([]).segments
+    query, stepdpo.current_row.segments = torch.randn(1, 2, 1, 8), data.pack([]).segments
     with pytest.raises(data.InputError, match=f"Module attends with {beyond}, which is not supported"):
-        stepdpo.segment_attention(torch.nn.Module(), query, query, query, segments=segments, **{beyond: 30.0})
+        stepdpo.segment_attention(torch.nn.Module(), query, query, query, **{beyond: 30.0})
+
+
+SMALL = dict(vocab_size=400, hidden_size=64, num_attention_heads=4, num_hidden_layers=2)
+
+
+def test_models_that_pass_no_keyword_arguments_to_their_attention_are_exact_too(tokenizer):
+    config = transformers.StableLmConfig(**SMALL, intermediate_size=48, num_key_value_heads=2,
+                                         initializer_range=0.2)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    pairs = make_pairs(tokenizer, 3)
+    truth = separate_logps(model, pairs)
+    torch.testing.assert_close(packed_logps(model, pairs), truth, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("config, message", [
+    (transformers.BloomConfig(vocab_size=400, hidden_size=64, n_head=4, n_layer=2),
+     "BloomForCausalLM does not take its attention from transformers' interface"),
+    (transformers.GPTJConfig(vocab_size=400, n_embd=64, n_head=4, n_layer=2, rotary_dim=8),
+     "the attention of gptj models cannot be replaced"),
+    (transformers.Gemma2Config(**SMALL, intermediate_size=48, num_key_value_heads=2, head_dim=16,
+                               final_logit_softcapping=None), "Gemma2Attention attends with softcap"),
+], ids=lambda x: getattr(x, "model_type", ""))
+def test_models_whose_attention_cannot_be_ours_are_refused_by_name(workplace, tokenizer, tmp_path, config,
+                                                                  message):
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    with pytest.raises(data.InputError, match=message):
+        stepdpo.train(make_config(workplace, tmp_path / "out", model=tmp_path / "m"))
 
 
 @pytest.mark.parametrize("change, message", [
@@ -787,9 +854,18 @@ def test_metrics_have_their_names_and_say_what_happened(workplace, run):
     assert record["config"]["beta"] == 0.4 and record["versions"]["torch"] == torch.__version__
 
 
-def test_the_first_logged_gradient_norm_is_before_clipping(workplace, tokenizer, tmp_path):
+def test_gradients_are_clipped_and_the_norm_before_it_is_logged(workplace, tmp_path, monkeypatch):
+    clip, norms = torch.nn.utils.clip_grad_norm_, []
+
+    def clip_twice(parameters, limit):
+        parameters = list(parameters)
+        norm = clip(parameters, limit)
+        norms.append(clip(parameters, limit).full_tensor().item())
+        return norm
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_twice)
     stepdpo.train(make_config(workplace, tmp_path, max_steps=1, max_grad_norm=1e-3))
-    assert read_metrics(tmp_path)[0]["grad_norm"] > 0.1
+    assert read_metrics(tmp_path)[0]["grad_norm"] > 0.1 and norms == [pytest.approx(1e-3, rel=1e-2)]
 
 
 def test_the_exported_model_is_an_ordinary_folder_with_the_trained_weights(workplace, run):
@@ -920,9 +996,12 @@ def test_reference_logps_are_cached_under_what_they_depend_on(workplace, tmp_pat
     try:
         assert "computed, kept in" in said()
         assert "pairs read from" in said(learning_rate=1e-4)
-        other_model = str(workplace / "qwen2-tied")
-        for changes in (dict(instruction="Think."), dict(span="solution"), dict(model=other_model)):
+        other_model, copy = workplace / "qwen2-tied", tmp_path / "copy"
+        for changes in (dict(instruction="Think."), dict(span="solution"), dict(model=other_model),
+                        dict(dtype="bfloat16"), dict(share_prefix=False)):
             assert "computed, kept in" in said(**changes)
+        shutil.copytree(workplace / "qwen2", copy, copy_function=shutil.copyfile)
+        assert "computed, kept in" in said(model=copy)  # written later, so it may be another
     finally:
         os.environ["STEPDPO_CACHE"] = str(workplace / "cache")
 
@@ -944,7 +1023,8 @@ def test_start_up_says_what_will_happen(workplace, tmp_path, capsys):
 def test_the_self_check_stops_a_run_whose_attention_ignores_the_segments(workplace, tmp_path, monkeypatch):
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    def all_see_all(module, query, key, value, attention_mask, *, segments, **kwargs):
+    def all_see_all(module, query, key, value, attention_mask, **kwargs):
+        stepdpo.current_row.calls += 1
         return sdpa_attention_forward(module, query, key, value, None, **kwargs)
 
     transformers.AttentionInterface.register("segments", all_see_all)
@@ -957,12 +1037,16 @@ def test_the_self_check_stops_a_run_whose_attention_ignores_the_segments(workpla
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_a_run_is_never_overwritten_and_resume_needs_a_checkpoint(workplace, run, tmp_path):
+def test_a_run_is_never_overwritten_and_resume_needs_a_checkpoint(workplace, run, tmp_path, capsys):
     before = (run / "metrics.jsonl").read_bytes()
     with pytest.raises(data.InputError, match="already holds a run; continue it with --resume"):
         stepdpo.train(make_config(workplace, run))
     with pytest.raises(data.InputError, match="no checkpoint"):
         stepdpo.train(make_config(workplace, tmp_path, resume=True))
+    with pytest.raises(data.InputError, match="pairs.jsonl: is not a folder"):
+        stepdpo.train(make_config(workplace, workplace / "pairs.jsonl"))
+    stepdpo.train(make_config(workplace, run, resume=True))
+    assert "finished    already" in capsys.readouterr().out
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
@@ -976,6 +1060,7 @@ def test_a_run_is_never_overwritten_and_resume_needs_a_checkpoint(workplace, run
     (dict(model="torn"), "torn: Error while deserializing header"),
     (dict(model="pickled"), "only safetensors weights are loaded"),
     (dict(model="headless"), "its tensors are not one to one those of Qwen2ForCausalLM"),
+    (dict(model="reshaped"), r"reshaped/model.safetensors: lm_head.weight must be \[400, 64\], got"),
 ], ids=lambda x: x if isinstance(x, str) else "")
 def test_bad_models_and_sizes_are_refused(workplace, tmp_path, changes, message):
     for name in ("tokenizer", "pickled", "headless"):
@@ -990,8 +1075,10 @@ def test_bad_models_and_sizes_are_refused(workplace, tmp_path, changes, message)
     weights_file = tmp_path / "torn/model.safetensors"
     weights_file.write_bytes(weights_file.read_bytes()[:-100])
     weights = load_file(tmp_path / "headless/model.safetensors")
-    del weights["lm_head.weight"]
+    shutil.copytree(workplace / "qwen2", tmp_path / "reshaped")
+    head = weights.pop("lm_head.weight")
     save_file(weights, tmp_path / "headless/model.safetensors")
+    save_file({**weights, "lm_head.weight": head[:7].clone()}, tmp_path / "reshaped/model.safetensors")
     changes = {k: str(tmp_path / v) if isinstance(v, str) and v[0] != "/" else v for k, v in changes.items()}
     with pytest.raises(data.InputError, match=message):
         stepdpo.train(make_config(workplace, tmp_path / "out", **changes))
@@ -1021,6 +1108,28 @@ def test_layers_are_compiled_inside_their_checkpoint(workplace, tmp_path, monkey
     assert losses_of(tmp_path / "kept") == losses_of(tmp_path / "again")
 
 
+def test_rows_of_other_lengths_and_segments_are_not_compiled_anew(tokenizer):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model, pairs = make_model("qwen2"), make_pairs(tokenizer, 14)
+    model.set_attn_implementation("segments")
+    policy = stepdpo.Policy(model)
+    torch._dynamo.reset()
+    for layer in model.model.layers:
+        layer.forward = torch.compile(layer.forward, backend=backend)
+    for count in range(3, 15):
+        policy(data.pack(pairs[:count]))
+        if count == 6:
+            settled = len(graphs)
+    assert len(graphs) == settled > 0
+    torch.testing.assert_close(policy(data.pack(pairs[:3])), separate_logps(make_model("qwen2"), pairs[:3]),
+                               rtol=1e-5, atol=1e-4)
+
+
 # ------------------------------------------------------------------------------------------- the command line
 
 
@@ -1039,6 +1148,7 @@ def test_flags_take_hyphens_underscores_and_files(tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (["--model", "m"], "required: --data, --output-dir"),
+    (["--model", ""], "--model: must be more than nothing"),
     (["--learn", "1"], "unrecognized arguments"),
     (["--beta", "0"], "--beta: must be above 0, got 0"),
     (["--epochs", "two"], "invalid int value: 'two'"),

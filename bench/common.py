@@ -44,8 +44,9 @@ def environment() -> dict[str, Any]:
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    return {"device": device_name(), "place": device_name().lower().replace(" ", "-") if CUDA else "cpu",
-            "cuda": CUDA, "versions": versions, "date": datetime.datetime.now().isoformat(timespec="minutes"),
+    device = device_name()
+    return {"device": device, "place": device.lower().replace(" ", "-") if CUDA else "cpu", "cuda": CUDA,
+            "versions": versions, "date": datetime.datetime.now().isoformat(timespec="minutes"),
             "command": shlex.join(["python", *sys.argv]), "load_before": os.getloadavg()[0]}
 
 

@@ -3,9 +3,9 @@
     python bench/corrupted_pairs.py gsm8k_train.jsonl OUT.jsonl [--rows 1000] [--eval-rows 100]
 
 They have the text and the lengths of real step pairs and cost nothing, so they serve to try the trainer and
-to time it. They are no substitute for `data.py build`: the model wrote neither step, and a corrupted number
-is easier to spot than a wrong thought. The last 500 rows of the file are left alone; `--eval-rows` of those
-before them go to OUT.eval.jsonl.
+to time it. They are no substitute for `python -m pairs build`: the model wrote neither step, and a corrupted
+number is easier to spot than a wrong thought. The last 500 rows of the file are left alone; `--eval-rows` of
+those before them go to OUT.eval.jsonl.
 """
 
 import argparse
@@ -13,21 +13,26 @@ import json
 import random
 import re
 
+RESULT = re.compile(r"=\s*\$?(\d[\d,]*)(?!\.?\d)")  # a whole number behind an equals sign
 
-def pair(question: str, worked: str, rng: random.Random) -> dict | None:
+
+def make_pair(question: str, worked: str, rng: random.Random) -> dict | None:
     """One pair from a random line that ends in a calculation; None if the solution has no such line."""
     solution, answer = worked.split("####")
     lines = [re.sub(r"<<.*?>>", "", line).strip() for line in solution.strip().splitlines()]
-    candidates = [i for i, line in enumerate(lines) if re.search(r"=\s*\$?\d[\d,]*(?!\.?\d)", line)]
-    if not candidates:
+    calculations = [i for i, line in enumerate(lines) if RESULT.search(line)]
+    if not calculations:
         return None
-    k = rng.choice(candidates)
-    result = list(re.finditer(r"=\s*\$?(\d[\d,]*)(?!\.?\d)", lines[k]))[-1]
+
+    k = rng.choice(calculations)
+    result = list(RESULT.finditer(lines[k]))[-1]
     value = int(result[1].replace(",", ""))
     wrong = value + rng.choice([d for d in (-10, -2, -1, 1, 2, 10) if value + d > 0])
+    chosen = f" {lines[k]}"
+    rejected = f" {lines[k][:result.start(1)]}{wrong}{lines[k][result.end(1):]}"
+
     steps = [f"Step {i}: {line}" for i, line in enumerate(lines, 1)]
-    rest = "".join(f"\n{step}" for step in steps[k + 1:]) + f"\nThe answer is: {answer.strip()}"
-    chosen, rejected = f" {lines[k]}", f" {lines[k][:result.start(1)]}{wrong}{lines[k][result.end(1):]}"
+    rest = "\n".join(["", *steps[k + 1:], f"The answer is: {answer.strip()}"])
     return {"dataset": "gsm8k-corrupted", "prompt": question,
             "initial_reason_steps": "\n".join(["Let's think step by step.", *steps[:k], f"Step {k + 1}:"]),
             "chosen": chosen, "rejected": rejected,
@@ -44,10 +49,15 @@ def main() -> None:
                         help="held-out pairs to make, into OUT.eval.jsonl [100]")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    rng = random.Random(args.seed)
+
+    rng, pairs = random.Random(args.seed), []
     with open(args.problems) as file:
         problems = [json.loads(line) for line in file][:-500]
-    pairs = [made for row in problems if (made := pair(row["question"], row["answer"], rng))]
+    for row in problems:
+        pair = make_pair(row["question"], row["answer"], rng)
+        if pair:
+            pairs.append(pair)
+
     eval_out = args.out.removesuffix(".jsonl") + ".eval.jsonl"
     for path, part in ((args.out, pairs[:args.rows]), (eval_out, pairs[len(pairs) - args.eval_rows:])):
         with open(path, "w") as file:

@@ -20,7 +20,7 @@ stage() { # stage NAME LIMIT COMMAND...: at most LIMIT seconds, and none of thos
     local name=$1 limit=$2 json=$results/$1-$device.json left=$((deadline - SECONDS)) began=$SECONDS code=0
     shift 2
     if [[ -s $json ]]; then echo "== $name: done before, in $json"; return; fi
-    if ((left < 15)); then echo "== $name: no time left; run this command again"; status=1; return; fi
+    if ((left < 15)); then echo "== $name: no time left; run this command again"; status=1; return 1; fi
     echo "== $name: $*"
     timeout -k 5 $((limit < left ? limit : left)) "$@" || code=$?
     echo "== $name: $((SECONDS - began)) s, exit status $code$( ((code == 124 || code == 137)) && echo ' (time is up)')"

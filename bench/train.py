@@ -79,15 +79,16 @@ KINDS = {  # of work, by the names of CPU operators and CUDA kernels; the first 
 def run_ours(spec: dict) -> dict:
     """stepdpo.py with these flags; it tells time, loss and gradient norm in metrics.jsonl."""
     import stepdpo
-    record, step_logps = {"tokens": 0, "trained": 0}, stepdpo.step_logps
+    record, micro_batches = {"tokens": 0, "trained": 0}, stepdpo.micro_batches
 
-    def counting(token_logps, batch):
-        if token_logps.requires_grad:  # not in the reference pass
-            record["tokens"] += batch.input_ids.numel()
-            record["trained"] += len(batch.targets)
-        return step_logps(token_logps, batch)
+    def counting(*args):
+        for indices, batch in micro_batches(*args):
+            if torch.is_grad_enabled():  # not in the reference pass
+                record["tokens"] += batch.input_ids.numel()
+                record["trained"] += len(batch.targets)
+            yield indices, batch
 
-    stepdpo.step_logps = counting
+    stepdpo.micro_batches = counting
     stepdpo.export = lambda *_: None  # not a part of any step
     out = os.path.join(spec["folder"], "out")
     stepdpo.train(stepdpo.parse(["--model", spec["model"], "--data", spec["data"], "--output-dir", out,
@@ -242,6 +243,7 @@ def settings(args: argparse.Namespace) -> tuple[dict, dict]:
     flags = {"ours": "", "ours, prefix not shared": "--no-share-prefix", f"ours, {other[2:]}": other}
     flags |= {f"ours, {words}": words for words in args.ours}
     specs: dict[str, dict] = {}
+    missing = {}
     for name, words in flags.items():
         specs[name] = {"kind": "ours", "flags": shlex.split(words)}
     if args.other:
@@ -256,7 +258,6 @@ def settings(args: argparse.Namespace) -> tuple[dict, dict]:
         trl[f"trl, precomputed, no checkpointing, by {micro}"] = options
         trl[f"trl, precomputed, no checkpointing, liger, by {micro}"] = {**options, "use_liger_kernel": True}
 
-    missing = {}
     for name, options in trl.items():
         if not importlib.util.find_spec("trl"):
             missing[name] = "not installed: pip install trl"
@@ -265,16 +266,19 @@ def settings(args: argparse.Namespace) -> tuple[dict, dict]:
         else:
             specs[name] = {"kind": "trl", "options": options}
 
-    def wanted_only(found: dict) -> dict:
-        return {name: value for name, value in found.items() if re.search(args.only, name)}
-
-    return wanted_only(specs), wanted_only(missing)
+    for found in (specs, missing):
+        for name in [name for name in found if not re.search(args.only, name)]:
+            del found[name]
+    return specs, missing
 
 
 def finished_before(path: str, key: dict) -> dict[tuple[int, str], dict]:
     """(round, name) -> run, of this very command and code if it was stopped; else the file starts anew."""
-    for name in ("bench/train.py", "data.py", "kernels.py", "stepdpo.py"):
-        with open(os.path.join(ROOT, name), "rb") as file:
+    code = [f"{HERE}/train.py", f"{HERE}/common.py"]
+    for checkout in filter(None, (ROOT, key["other"])):
+        code += [f"{checkout}/{name}" for name in ("data.py", "kernels.py", "stepdpo.py")]
+    for name in code:
+        with open(name, "rb") as file:
             key[name] = hashlib.sha256(file.read()).hexdigest()
     first, kept = json.dumps(key) + "\n", []
     if os.path.exists(path):

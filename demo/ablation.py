@@ -64,15 +64,9 @@ def trained(args: argparse.Namespace, kind: str, rate: str, seed: int) -> str:
     return out
 
 
-def tune(args: argparse.Namespace, kind: str, rate: str) -> int:
-    """Development problems that are right with this learning rate."""
-    out = trained(args, kind, rate, args.seeds[0])
-    return sum(answers(f"{out}/model", f"{args.work}/dev.jsonl", f"{out}/dev"))
-
-
-def test(args: argparse.Namespace, kind: str, rate: str, seed: int) -> list[bool]:
+def answers_after(args: argparse.Namespace, kind: str, rate: str, seed: int, problems: str) -> list[bool]:
     out = trained(args, kind, rate, seed)
-    return answers(f"{out}/model", TEST, f"{out}/test")
+    return answers(f"{out}/model", problems, f"{out}/{Path(problems).stem}")
 
 
 def result_of(step: str) -> str:
@@ -98,16 +92,12 @@ def written(pairs: list[dict], problems: list[dict]) -> tuple[list[dict], int]:
     return rows, kept
 
 
-def refuse_other_runs(args: argparse.Namespace) -> None:
-    """Runs of other pairs, of another model or recipe must not be taken for these: exits if there are any."""
+def content_of_runs(args: argparse.Namespace) -> str:
+    """A name for what all runs depend on, so that runs of other pairs, models or recipes stand elsewhere."""
     digest = hashlib.sha256(args.max_steps.encode())
     for file in (PAIRS, RECIPE, f"{MODEL}/model.safetensors"):
         digest.update(Path(file).read_bytes())
-    path = Path(args.work, "key")
-    if path.exists() and path.read_text() != digest.hexdigest():
-        sys.exit(f"ablation: {args.work} holds runs of other pairs, of another model or recipe; remove it, "
-                 "or choose another --work")
-    path.write_text(digest.hexdigest())
+    return digest.hexdigest()[:12]
 
 
 def run_all(args: argparse.Namespace) -> tuple[list[bool], dict, dict, dict]:
@@ -115,10 +105,12 @@ def run_all(args: argparse.Namespace) -> tuple[list[bool], dict, dict, dict]:
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         untrained = pool.submit(answers, MODEL, TEST, f"{args.work}/untrained")
-        jobs = {(kind, rate): pool.submit(tune, args, kind, rate) for kind in KINDS for rate in args.rates}
-        tuned = {kind: {rate: jobs[kind, rate].result() for rate in args.rates} for kind in KINDS}
+        dev = f"{args.work}/dev.jsonl"
+        jobs = {(kind, rate): pool.submit(answers_after, args, kind, rate, args.seeds[0], dev)
+                for kind in KINDS for rate in args.rates}
+        tuned = {kind: {rate: sum(jobs[kind, rate].result()) for rate in args.rates} for kind in KINDS}
         best = {kind: max(right, key=right.get) for kind, right in tuned.items()}
-        jobs = {(kind, seed): pool.submit(test, args, kind, best[kind], seed)
+        jobs = {(kind, seed): pool.submit(answers_after, args, kind, best[kind], seed, TEST)
                 for kind in KINDS for seed in args.seeds}
         after = {kind: [jobs[kind, seed].result() for seed in args.seeds] for kind in KINDS}
         return untrained.result(), tuned, best, after
@@ -126,9 +118,8 @@ def run_all(args: argparse.Namespace) -> tuple[list[bool], dict, dict, dict]:
         pool.shutdown(cancel_futures=True)
 
 
-def percent_gain(before: list, after: list) -> tuple[float, float, float]:
-    points, low, high = paired_gain(before, after)
-    return 100 * points, 100 * low, 100 * high
+def percent_gain(before: list, after: list) -> list[float]:
+    return [100 * x for x in paired_gain(before, after)]
 
 
 def share(right: list[bool]) -> float:
@@ -147,7 +138,7 @@ def table(before: list[bool], best: dict, after: dict) -> list[str]:
     return lines
 
 
-def step_over(after: dict) -> dict[str, tuple[float, float, float]]:
+def step_over(after: dict) -> dict[str, list[float]]:
     """Step-DPO over each other kind: points and interval, paired by problem, on average over the seeds."""
     shares = {kind: [share(of_problem) for of_problem in zip(*by_seed, strict=True)]
               for kind, by_seed in after.items()}
@@ -166,8 +157,9 @@ def main() -> None:
     add("--max-steps", default="0", help="of stepdpo.py, to try this script")
     args = parser.parse_args()
 
+    found = environment()
+    args.work = f"{args.work}/{content_of_runs(args)}"
     os.makedirs(args.work, exist_ok=True)
-    refuse_other_runs(args)
     sets = make.problem_sets(make.SEED, dev=args.problems)
     make.write(f"{args.work}/dev.jsonl", make.only(sets["dev"], "prompt", "answer"))
     rows, kept = written(make.read(PAIRS), sets["problems"])
@@ -183,7 +175,7 @@ def main() -> None:
         print(f"\nStep-DPO over {KINDS[kind]}: {points:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}")
     print(f"\nIn the last row {kept} of {len(rows)} chosen steps are the model's own all the same.")
     right = {kind: [sum(each) for each in by_seed] for kind, by_seed in after.items()}
-    write(args.out, {**environment(), "best": best, "problems": len(before), "before": sum(before),
+    write(args.out, {**found, "best": best, "problems": len(before), "before": sum(before),
                      "seeds": args.seeds, "step_over": over, "kept": kept, "right": right,
                      "development": {"problems": args.problems, "right": tuned}})
 

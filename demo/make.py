@@ -239,10 +239,8 @@ def only(rows: list[dict], *names: str) -> list[dict]:
 
 
 def make_pairs(model: str, problems: str, work: str) -> list[dict]:
-    run(1, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "pairs", "build", "--by", "rollouts",
-        "--model", model, "--problems", problems, "--instruction", "", "--samples", "4", "--rollouts", "4",
-        "--confirmations", "8", "--rectify-samples", "8", "--max-new-tokens", "200",
-        "--batch-tokens", "65536", "--seed", str(SEED), "--out", f"{work}/build")
+    run(1, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "pairs", "build", "@demo/build_args",
+        "--model", model, "--problems", problems, "--seed", str(SEED), "--out", f"{work}/build")
     return read(f"{work}/build/pairs.jsonl")
 
 

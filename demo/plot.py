@@ -7,6 +7,7 @@ interval (that of the difference, which stepdpo.py prints, is narrower: the prob
 """
 
 import argparse
+import glob
 import json
 import os
 import sys
@@ -16,16 +17,20 @@ from pairs.grading import wilson_interval  # noqa: E402
 
 
 def rows(folder: str, name: str) -> list[dict]:
-    """The rows of a JSONL file of a run, in order. Exits with what is missing."""
-    path = os.path.join(folder, name)
-    if not os.path.exists(path):
-        sys.exit(f"plot: {path} is not there; a whole run with --eval-data and --test-problems makes it")
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    """The rows of NAME.jsonl of a run, and of NAME.rank1.jsonl, ..., if there are. Exits if none is there."""
+    paths = sorted(glob.glob(f"{glob.escape(folder)}/{name}*.jsonl"))
+    if not paths:
+        sys.exit(f"plot: {folder}/{name}.jsonl is not there; a whole run with --eval-data and "
+                 "--test-problems makes it")
+    found = []
+    for path in paths:
+        with open(path, encoding="utf-8") as file:
+            found += [json.loads(line) for line in file]
+    return found
 
 
 def plot_along_training(folder: str, accuracy, margin) -> None:
-    evaluations = [row for row in rows(folder, "metrics.jsonl") if "eval/loss" in row]
+    evaluations = [row for row in rows(folder, "metrics") if "eval/loss" in row]
     steps = [row["step"] for row in evaluations]
     # At step 0 policy and reference are the same, so no reward is the larger one: undefined, not 0%.
     ranked = [100 * row["eval/rewards/accuracies"] for row in evaluations[1:]]
@@ -37,7 +42,7 @@ def plot_before_and_after(folder: str, axes) -> int:
     """Returns the number of problems."""
     shares, below, above = [], [], []
     for when in ("before", "after"):
-        correct = [row["correct"] for row in rows(folder, f"{when}.jsonl")[1:]]  # the first line: settings
+        correct = [row["correct"] for row in rows(folder, when) if "correct" in row]  # not the settings
         share, n = sum(correct) / len(correct), len(correct)
         low, high = wilson_interval(sum(correct), n)
         shares.append(100 * share)

@@ -20,7 +20,7 @@ Any causal LM folder with a chat template works, randomly initialised ones too. 
 """
 
 import argparse
-import json
+import copy
 import math
 import os
 import random
@@ -65,11 +65,8 @@ def encode(tokenizer, row: dict, where: str, instruction: str | None = None) -> 
 
 def read(args: argparse.Namespace, tokenizer) -> list[Example]:
     """The rows of --data that --rows takes and --max-tokens leaves."""
-    with open(args.data, encoding="utf-8") as file:
-        numbered = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
-    examples = []
-    for number, line in numbered[args.rows]:
-        examples.append(encode(tokenizer, json.loads(line), f"{args.data}:{number}", args.instruction))
+    rows = data.read_rows(args.data)[args.rows]
+    examples = [encode(tokenizer, row, where, args.instruction) for where, row in rows]
 
     kept = [example for example in examples if len(example.ids) <= args.max_tokens]
     if not kept:
@@ -156,17 +153,8 @@ def export(model, tokenizer, out: str) -> None:
     """Write an ordinary model folder in bf16, complete or not at all: written beside, then renamed."""
     beside = f"{out}.writing"
     shutil.rmtree(beside, ignore_errors=True)
-    state = model.state_dict()
-    once = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}  # tied weights only once
-    weights = {name: state[name].to(torch.bfloat16) for name in once.values()}
-    model.save_pretrained(beside, state_dict=weights)
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(beside)
     tokenizer.save_pretrained(beside)
-
-    with open(f"{beside}/config.json", encoding="utf-8") as file:
-        config = json.load(file)
-    config["dtype"] = "bfloat16"
-    with open(f"{beside}/config.json", "w", encoding="utf-8") as file:
-        json.dump(config, file, indent=2)
     if os.path.exists(out):
         os.rename(out, f"{out}.old")
     os.rename(beside, out)

@@ -5,11 +5,12 @@
     torchrun --nproc_per_node N -m pairs build ...                   # the same, shared by N processes
 
 `solve` with --samples 1 --temperature 0 is the evaluation. Stopped at any point, the same command continues.
+What is sampled is kept in DIR, and never mixed with that of another model or other settings of sampling;
+thresholds may change, and use the same samples.
 """
 
 import argparse
 import dataclasses
-import datetime
 import os
 import sys
 import time
@@ -17,14 +18,26 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
-from data import FLOAT, INT, POSITIVE_FLOAT, POSITIVE_INT, TEMPLATES, InputError, Parser, number, print0
+from data import (
+    FLOAT,
+    INT,
+    POSITIVE_FLOAT,
+    POSITIVE_INT,
+    TEMPLATES,
+    TEXT,
+    InputError,
+    Parser,
+    checked,
+    leave_process_group,
+    print0,
+)
 
 from .judge import Judge
 from .problems import FORMATS, STEP_PREFIX, read_problems
-from .sampling import Samples, Sampling
+from .sampling import Samples, Settings
 from .stages import build, solve
 
-SHARE = number(float, lambda x: 0 < x <= 1, "above 0, at most 1")
+SHARE = checked(float, lambda x: 0 < x <= 1, "above 0, at most 1")
 SWITCH = argparse.BooleanOptionalAction
 
 
@@ -38,33 +51,34 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if name == "build":
             add_stage_flags(command)
     args = parser.parse_args(argv)
-    refuse_half_a_server(args, commands.choices[args.command])
+    refuse_missing_flags(args, commands.choices[args.command])
     return args
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("problems and model").add_argument
-    add("--model", required=True, help="folder or hub name; with --server only its tokenizer is used")
-    add("--problems", required=True, help=".jsonl, .json, .parquet or a hub dataset, with answers")
-    add("--out", required=True, help="folder to write to, or to continue in")
+    add("--model", type=TEXT, required=True, help="folder or hub name; with --server only for its tokenizer")
+    add("--problems", type=TEXT, required=True, help="with answers: .jsonl, .json, .parquet or a hub dataset")
+    add("--out", type=TEXT, required=True, help="folder to write to, or to continue in")
     add("--samples", type=POSITIVE_INT, default=2, help="solutions per problem; paper: 2 [2]")
     add("--step-prefix", action=SWITCH, default=True, help=f"begin each answer with {STEP_PREFIX!r}")
-    add("--template", choices=TEMPLATES, default=Sampling.template, help="around problem and answer [chat]")
+    add("--template", choices=TEMPLATES, default=Settings.template, help="around problem and answer [chat]")
     add("--instruction", help="text after the problem, '' for none [the template's own]")
 
     add = parser.add_argument_group("sampling").add_argument
-    add("--temperature", type=FLOAT, default=Sampling.temperature, help="0 takes the likeliest token [0.8]")
-    add("--top-p", type=SHARE, default=Sampling.top_p,
+    add("--temperature", type=FLOAT, default=Settings.temperature, help="0 takes the likeliest token [0.8]")
+    add("--top-p", type=SHARE, default=Settings.top_p,
         help="sample among the likeliest tokens that together have this probability [0.95]")
-    add("--max-new-tokens", type=POSITIVE_INT, default=Sampling.max_new_tokens,
-        help="cut a continuation off after so many tokens [2048]")
-    add("--seed", type=INT, default=Sampling.seed, help="the same seed gives the same samples [0]")
+    add("--max-new-tokens", type=POSITIVE_INT, default=Settings.max_new_tokens,
+        help="tokens of a continuation at most; what is longer is cut off and counted [2048]")
+    add("--seed", type=INT, default=Settings.seed,
+        help="the same seed gives the same samples; servers need not comply [0]")
     add("--dtype", choices=("bfloat16", "float32"), help="[bfloat16 on CUDA, else float32]")
-    add("--batch-tokens", type=INT, default=Sampling.batch_tokens,
+    add("--batch-tokens", type=INT, default=Settings.batch_tokens,
         help="samples x (prompt + --max-new-tokens) per batch: sets memory [131072 on CUDA, else 16384]")
     add("--server", help="address of an OpenAI-compatible server (vLLM, SGLang) to sample on [this process]")
     add("--server-model", help="the model's name there")
-    add("--concurrency", type=POSITIVE_INT, default=Sampling.concurrency,
+    add("--concurrency", type=POSITIVE_INT, default=Settings.concurrency,
         help="requests that a server has to answer at the same time [64]")
 
 
@@ -73,7 +87,8 @@ def add_stage_flags(parser: argparse.ArgumentParser) -> None:
     add("--by", choices=("rollouts", "judge", "both", "human"), default="rollouts",
         help="who finds it: pass rates of the model's own rollouts; a judge; both, kept where they agree; or "
              "you: DIR/located.jsonl is then a file to fill in [rollouts]")
-    add("--screen", type=POSITIVE_INT, default=4, help="give a problem up if none of so many is right [4]")
+    add("--screen", type=POSITIVE_INT, default=4, help="give up a problem if none of its first N samples "
+        "is right [4]", metavar="N")
     add("--min-pass-rate", type=FLOAT, default=0.25, help="or if its pass rate V(0) is below this [0.25]")
     add("--rollouts", type=POSITIVE_INT, default=8, help="samples for one pass rate [8]")
     add("--good-ratio", type=FLOAT, default=0.5,
@@ -89,7 +104,7 @@ def add_stage_flags(parser: argparse.ArgumentParser) -> None:
         "right: a pass rate after it no lower than before it, or the judge [rollouts]")
     add("--tries", type=POSITIVE_INT, default=3, help="chosen steps checked per located error [3]")
     add("--max-length-ratio", type=POSITIVE_FLOAT, default=4.0,
-        help="a chosen step is at most so many times longer or shorter than the rejected one [4]")
+        help="how many times longer or shorter than the rejected step a chosen one may be [4]")
     add("--pairs-per-step", type=POSITIVE_INT, default=1, help="pairs that reject the same step [1]")
     add("--per-problem", type=POSITIVE_INT, default=4, help="wrong solutions searched, and pairs made [4]")
 
@@ -98,36 +113,44 @@ def add_stage_flags(parser: argparse.ArgumentParser) -> None:
     add("--judge-model", help="the judge's name there")
 
 
-def refuse_half_a_server(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def needs_judge(args: argparse.Namespace) -> bool:
+    return args.command == "build" and (args.by in ("judge", "both") or args.check == "judge")
+
+
+def refuse_missing_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if bool(args.server) != bool(args.server_model):
         parser.error(f"--{'server' if args.server_model else 'server-model'} is needed too")
-    if args.command == "build" and (args.by in ("judge", "both") or args.check == "judge"):
-        for name in ("judge_url", "judge_model"):
-            if not getattr(args, name):
-                parser.error(f"--{name.replace('_', '-')} is needed too")
+    for name in ("judge_url", "judge_model") if needs_judge(args) else ():
+        if not getattr(args, name):
+            parser.error(f"--{name.replace('_', '-')} is needed too")
 
 
-def run(args: argparse.Namespace, **given) -> None:
-    """`given`: a sampler and a tokenizer, if they are not those of --model."""
+def run(args: argparse.Namespace, sampler=None, tokenizer=None) -> None:
+    """The command; with another sampler and tokenizer than those of --model, if given."""
     began = time.monotonic()
     problems = read_problems(args.problems)
-    sampling = Sampling(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Sampling)})
-    samples = Samples(f"{args.out}/samples.jsonl", sampling, **given)
-    if args.command == "solve":
-        solve(problems, samples, args.samples, STEP_PREFIX if args.step_prefix else "")
-    else:
+    for name in ("pairs", "located"):
+        if os.path.exists(f"{args.out}/{name}.jsonl") and not os.path.exists(f"{args.out}/samples.jsonl"):
+            raise InputError(f"{args.out}/{name}.jsonl: was not made by this command, as there is no "
+                             "samples.jsonl beside it; choose another --out")
+
+    names = [field.name for field in dataclasses.fields(Settings)]
+    settings = Settings(**{name: getattr(args, name) for name in names})
+    samples = Samples(f"{args.out}/samples.jsonl", settings, sampler, tokenizer)
+    solutions = solve(problems, samples, args.samples, STEP_PREFIX if args.step_prefix else "")
+    if args.command == "build":
         judge = None
-        if args.judge_url:
+        if needs_judge(args):
             judge = Judge(f"{args.out}/judge.jsonl", args.judge_url, args.judge_model, args.concurrency)
-        build(problems, samples, judge, args)
+        build(solutions, samples, judge, args)
     by = " by rank 0" if samples.cache.ranks > 1 else ""
     print0(f"{samples.tokens:,} tokens sampled{by} in {(time.monotonic() - began) / 60:.1f} minutes")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    if "RANK" in os.environ:  # ranks wait for the slowest of a wave, which may take hours
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+    if "RANK" in os.environ:  # set by torchrun
+        dist.init_process_group("gloo")
     try:
         run(args)
     except InputError as error:
@@ -135,6 +158,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print(f"\nstopped; the same command continues from what is in {args.out}", file=sys.stderr)
         os._exit(130)  # at once: a normal exit would wait for requests in flight
+    finally:
+        leave_process_group()
 
 
 if __name__ == "__main__":

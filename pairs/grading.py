@@ -69,10 +69,6 @@ def _chosen_letter(guess: str) -> str | None:
 # ----------------------------------------------------------------------------------- one way to write a value
 
 
-def _without_commas(number: re.Match) -> str:
-    return number[0].replace(",", "")
-
-
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"^\s*\$(.*)\$\s*$|^\s*\\[(\[](.*)\\[)\]]\s*$", r"\1\2"),  # $72$, \(72\)
     ("\u2212", "-"),
@@ -84,21 +80,21 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\\\$", "$"),
     (r"\\%", "%"),
     (r"\\(?:text\w*|math(?:rm|bf|it)|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
-    (r"\\(?:left|right|displaystyle)(?![a-zA-Z])", " "),
-    (r"\\[!,;: ]|\{,\}|[~\u00a0]", " "),  # spaces, and the comma in 1{,}234
-    (r"\u00b0|\^\s*\{?\\circ\}?", " "),  # degrees
+    # Sizes of brackets, spaces (also the comma in 1{,}234), degrees.
+    (r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[!,;: ]|\{,\}|[~\u00a0\u00b0]|\^\s*\{?\\circ\}?", " "),
     (r"\\cdot|\\times|\u00d7", "*"),
     (r"\\[dt]frac", r"\\frac"),
     (r"\\(frac|sqrt)\s*(\w)", r"\\\1{\2}"),  # \frac12
     (r"(\\frac\s*\{\w\})\s*(\w)", r"\1{\2}"),
     (r"^\s*\$\s*(-?[\d.,]+)\s*$", r"\1 dollars"),  # $5
     (r"\$", ""),
-    (r"(?<![\d.,(\[{])\d{1,3}(?:,\d{3})+(?![\d,])", _without_commas),  # 1,234,567
+    (r"(?<![\d.,(\[{])\d{1,3}(?:,\d{3})+(?![\d,])", lambda found: found[0].replace(",", "")),  # 1,234
     (r"\s+", " "),
 )]
 
 
 def _rewritten(text: str) -> str:
+    # Stripped before every rule, because each may bare a space or a full stop at the end.
     for pattern, new in REWRITES:
         text = pattern.sub(new, text.strip().rstrip("."))
     return text.strip()
@@ -127,7 +123,7 @@ def _number(text: str) -> Fraction | None:
     return Fraction(ratio[1]) / below if below else None
 
 
-# A number of these is another number, and not the same one with a unit.
+# "5 million" is another number than 5, not 5 of some unit.
 NOT_UNITS = {"dozen", "score", "hundred", "thousand", "million", "billion", "trillion", "half", "third",
              "quarter", "sin", "cos", "tan", "log"}
 
@@ -192,15 +188,12 @@ def _same(guess: str, answer: str) -> bool:
     wanted_brackets, right = _members(answer)
     if brackets != wanted_brackets or len(left) != len(right):
         return False
-    if brackets == "{}":  # in any order
-        return _all_in(left, right) and _all_in(right, left)
+    if brackets == "{}":  # in any order: each has its like on the other side
+        every_guess = all(any(_same(a, b) for b in right) for a in left)
+        return every_guess and all(any(_same(a, b) for a in left) for b in right)
     if brackets:
         return all(_same(a, b) for a, b in zip(left, right, strict=True))
     return _same_value(left[0], right[0])
-
-
-def _all_in(some: list[str], others: list[str]) -> bool:
-    return all(any(_same(a, b) for b in others) for a in some)
 
 
 def _same_value(guess: str, answer: str) -> bool:

@@ -5,7 +5,8 @@ import re
 from data import content_key
 
 from .problems import Problem
-from .sampling import Cache, post_all
+from .sampling import Cache
+from .server import post_all
 
 
 class Judge:
@@ -20,23 +21,25 @@ class Judge:
 
         0 if none is wrong; None if the judge does not answer exactly in the form asked for. Collective.
         """
-        questions = [question(problem, steps) for problem, steps in solutions]
-        keys = [content_key(text) for text in questions]
-        missing = {key: text for key, text in zip(keys, questions, strict=True) if key not in self.cache.rows}
-        here = list(missing.items())[self.cache.rank::self.cache.ranks]
+        questions = {}  # by what they are kept under; equal ones are asked once
+        for problem, steps in solutions:
+            text = question(problem, steps)
+            questions[content_key(text)] = text
+        missing = [key for key in questions if key not in self.cache.rows]
+        own = missing[self.cache.rank::self.cache.ranks]
 
         bodies = [{"model": self.model, "temperature": 0, "max_tokens": 2048, "stream": False,
-                   "messages": [{"role": "user", "content": text}]} for _, text in here]
-        for i, reply in post_all(self.server, "chat/completions", bodies, self.concurrency, _content):
-            key, text = here[i]
-            self.cache.add([{"key": key, "question": text, "reply": reply}])
+                   "messages": [{"role": "user", "content": questions[key]}]} for key in own]
+        for i, reply in post_all(self.server, "chat/completions", bodies, self.concurrency,
+                                 lambda reply: "" + reply["choices"][0]["message"]["content"]):
+            self.cache.add([{"key": own[i], "question": questions[own[i]], "reply": reply}])
         self.cache.share()
-        return [first_error(self.cache.rows[key]["reply"], len(steps))
-                for key, (_, steps) in zip(keys, solutions, strict=True)]
 
-
-def _content(reply: dict) -> str:
-    return "" + reply["choices"][0]["message"]["content"]
+        verdicts = []
+        for problem, steps in solutions:
+            row = self.cache.rows[content_key(question(problem, steps))]
+            verdicts.append(first_error(row["reply"], len(steps)))
+        return verdicts
 
 
 def question(problem: Problem, steps: list[str]) -> str:
@@ -67,6 +70,7 @@ def first_error(reply: str, steps: int) -> int | None:
             return None
         words.append(found[2])
 
-    if "incorrect" in words:  # must be the last: it should have stopped there
-        return len(words) if words.index("incorrect") == len(words) - 1 and len(words) <= steps else None
+    if "incorrect" in words:  # it should have stopped there
+        stopped = words.index("incorrect") == len(words) - 1 and len(words) <= steps
+        return len(words) if stopped else None
     return 0 if len(words) == steps else None

@@ -30,9 +30,9 @@ class Problem(NamedTuple):
     answer: str
     reference: str | None  # a worked solution, for a judge
 
-    def key(self, *parts: str) -> str:
-        """The identity of a prefix, a solution, ... of this problem."""
-        return content_key(self.prompt, self.answer, *parts)
+    def key(self, prefix: str) -> str:
+        """The identity of this problem with the beginning of an answer."""
+        return content_key(self.prompt, self.answer, prefix)
 
 
 def read_problems(path: str) -> list[Problem]:
@@ -80,39 +80,29 @@ def _fields(where: str, row: dict) -> tuple:
     raise InputError(f"{where}: unknown format ({', '.join(row) or 'empty'}); known are\n  {FORMATS}")
 
 
-Steps = list[tuple[int, int]]  # of each: where its line begins, and where its text does, behind `Step k:`
+class Step(NamedTuple):
+    before: str  # all of the solution before the step's text: it ends in `Step k:`, without a trailing space
+    text: str    # from there up to, without, the line break at the step's end
 
 
-def find_steps(solution: str) -> Steps | None:
+def find_steps(solution: str) -> list[Step] | None:
     """A step runs to the next line that begins `Step k:`; a step mentioned within a line is text.
 
     None if the lines that look like the beginning of a step are not exactly `Step 1:` .. `Step n:`, or if a
     step is empty: no guessing.
     """
-    steps: Steps = []
+    headings = []
     looks_like_a_step = re.finditer(r"^[^\w\n]*step[ \t]*\d+[^\w\n]*?[:.)]", solution, re.M | re.I)
     for found in looks_like_a_step:
-        heading = re.compile(rf"[ \t]*Step {len(steps) + 1}:").match(solution, found.start())
+        heading = re.compile(rf"[ \t]*Step {len(headings) + 1}:").match(solution, found.start())
         if heading is None:
             return None
-        if steps and not solution[steps[-1][1]:found.start()].strip():
-            return None
-        steps.append((found.start(), heading.end()))
-    if not steps or not solution[steps[-1][1]:].strip():
+        headings.append(heading)
+
+    steps = []
+    for k, heading in enumerate(headings, 1):
+        end = headings[k].start() if k < len(headings) else len(solution)
+        steps.append(Step(solution[:heading.end()], solution[heading.end():end].rstrip()))
+    if not steps or not all(step.text.strip() for step in steps):
         return None
     return steps
-
-
-def step_text(solution: str, steps: Steps, k: int) -> str:
-    """Text of step k (1..n): from the space after `Step k:` up to, without, the line break at its end."""
-    end = steps[k][0] if k < len(steps) else None
-    return solution[steps[k - 1][1]:end].rstrip()
-
-
-def step_texts(solution: str, steps: Steps) -> list[str]:
-    return [step_text(solution, steps, k) for k in range(1, len(steps) + 1)]
-
-
-def prefix_before(solution: str, steps: Steps, k: int) -> str:
-    """All before the text of step k (1..n), so that it ends in `Step k:`, without a trailing space."""
-    return solution[:steps[k - 1][1]]

@@ -20,35 +20,29 @@ from data import InputError, print0, read_rows, write_atomically
 
 from .grading import paired_gain, wilson_interval
 from .judge import Judge
-from .problems import (
-    STEP_PREFIX,
-    Problem,
-    Steps,
-    find_steps,
-    prefix_before,
-    read_problems,
-    step_text,
-    step_texts,
-)
-from .sampling import Sample, Samples, Sampling, rank_and_ranks
+from .problems import STEP_PREFIX, Problem, Step, find_steps, read_problems
+from .sampling import Sample, Samples, Settings
 
 
-@dataclass
+@dataclass(eq=False)
 class Wrong:
-    """A wrong solution, and what is known of its first wrong step."""
+    """A wrong solution on its way to a pair. V(j) is the pass rate of samples that go on after j steps."""
 
     problem: Problem
     solution: str
-    steps: Steps                 # empty if they are not numbered 1..n
-    step: int | None = None      # the first wrong one, 1..n; 0 if none is; None if that is not known
+    steps: list[Step]            # empty if they are not numbered 1..n
     status: str = ""             # why it goes no further, as "stage: reason"; "" as long as it does
-    pass_rates: list[float] = field(default_factory=list)  # V at the start, before the step, after it
+    step: int | None = None      # the first wrong one, 1..n; 0 if none is; None if that is not known
     low: int = 0                 # in the search: the first `low` steps count as right,
     high: int = 0                # the first `high` do not
+    pass_rates: list[float] = field(default_factory=list)  # V at the start, before the step, after it
+    rate_before: float = 0.0     # V before the step, by all samples
+    candidates: list[list[Step]] = field(default_factory=list)  # steps of solutions that pass: see `rectify`
+    pairs: list[dict] = field(default_factory=list)
 
     def after(self, j: int) -> tuple[Problem, str]:
-        """What a sample that goes on after the first j steps goes on from."""
-        return self.problem, prefix_before(self.solution, self.steps, j + 1)
+        """The prefix of samples that go on after the first j steps."""
+        return self.problem, self.steps[j].before
 
 
 def open_rows(rows: list[Wrong]) -> list[Wrong]:
@@ -65,15 +59,15 @@ def pass_rate(samples: list[Sample]) -> float:
 def solve(problems: list[Problem], samples: Samples, count: int,
           prefix: str = STEP_PREFIX) -> list[tuple[Problem, Sample]]:
     """`count` graded solutions of each problem. With one, at temperature 0, it is the evaluation."""
-    drawn = samples.draw([(problem, prefix) for problem in problems], count, desc="solve")
+    drawn = samples.draw([(problem, prefix) for problem in problems], count, label="solve")
     solutions = []
     for problem, found in zip(problems, drawn, strict=True):
         solutions += [(problem, sample) for sample in found]
-    report_accuracy([sample for _, sample in solutions], len(problems), samples.sampling)
+    report_accuracy([sample for _, sample in solutions], len(problems), samples.settings)
     return solutions
 
 
-def report_accuracy(samples: list[Sample], problems: int, sampling: Sampling) -> None:
+def report_accuracy(samples: list[Sample], problems: int, settings: Settings) -> None:
     n = len(samples)
     right = sum(sample.correct for sample in samples)
     no_answer = sum(sample.predicted is None for sample in samples)
@@ -81,26 +75,27 @@ def report_accuracy(samples: list[Sample], problems: int, sampling: Sampling) ->
     not_numbered = sum(find_steps(sample.solution) is None for sample in samples)
 
     low, high = wilson_interval(right, n)
-    one_each = n == problems  # several samples of a problem are not independent
-    certainty = f", 95% interval {low:.1%} to {high:.1%}" if one_each else f" samples of {problems} problems"
+    certainty = f", 95% interval {low:.1%} to {high:.1%}"
+    if n > problems:  # several samples of a problem are not independent
+        certainty = f" samples of {problems} problems"
     print0(f"accuracy {right / n:.1%} ({right} of {n}{certainty}); {no_answer} without an answer, "
-           f"{cut} cut at {sampling.max_new_tokens} tokens, {not_numbered} not in numbered steps")
+           f"{cut} cut at {settings.max_new_tokens} tokens, {not_numbered} not in numbered steps")
 
 
 def report_gain(before: str, after: str, config: Namespace) -> None:
     """Greedy accuracy of two models on --test-problems of the trainer, and the difference. Collective."""
-    problems, right = read_problems(config.test_problems), {}
+    problems, right = read_problems(config.test_problems), []
     for when, model in (("before", before), ("after", after)):
         print0(f"{when:11s} {model} answers {config.test_problems}:")
-        sampling = Sampling(model, config.template, config.instruction, temperature=0, dtype=config.dtype,
+        settings = Settings(model, config.template, config.instruction, temperature=0, dtype=config.dtype,
                             max_new_tokens=config.max_length)
-        samples = Samples(f"{config.output_dir}/{when}.jsonl", sampling)
-        right[when] = [sample.correct for _, sample in solve(problems, samples, count=1)]
+        samples = Samples(f"{config.output_dir}/{when}.jsonl", settings)
+        right.append([sample.correct for _, sample in solve(problems, samples, count=1)])
 
-    shares = {when: sum(each) / len(problems) for when, each in right.items()}
-    points, low, high = (100 * share for share in paired_gain(right["before"], right["after"]))
-    print0(f"accuracy    before {shares['before']:.1%}, after {shares['after']:.1%} on {len(problems)} "
-           f"held-out problems: {points:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}")
+    shares = [sum(of_model) / len(problems) for of_model in right]
+    gain, low, high = paired_gain(*right)
+    print0(f"accuracy    before {shares[0]:.1%}, after {shares[1]:.1%} on {len(problems)} held-out problems: "
+           f"{100 * gain:+.1f} points, 95% interval {100 * low:+.1f} to {100 * high:+.1f}")
 
 
 # ----------------------------------------------------------------------------------------------------- locate
@@ -114,8 +109,7 @@ def wrong_solutions(solutions: list[tuple[Problem, Sample]], args: Namespace) ->
         if sample.correct:
             continue
         row = Wrong(problem, sample.solution, find_steps(sample.solution) or [])
-        key = problem.key(sample.solution)
-        if key in seen:
+        if (problem, sample.solution) in seen:
             row.status = "usable: the same as another"
         elif sample.cut:
             row.status = "usable: cut at --max-new-tokens"
@@ -125,33 +119,30 @@ def wrong_solutions(solutions: list[tuple[Problem, Sample]], args: Namespace) ->
             row.status = "usable: more than --per-problem"
         else:
             of_problem[problem] += 1
-        seen.add(key)
+        seen.add((problem, sample.solution))
         rows.append(row)
     return rows
 
 
-def locate(wrong: list[Wrong], samples: Samples, judge: Judge | None, args: Namespace) -> None:
+def locate(rows: list[Wrong], samples: Samples, judge: Judge | None, args: Namespace) -> None:
     """Fill in the first wrong step of each row, or the status that says why there is none."""
-    if args.by == "judge":
-        locate_by_judge(open_rows(wrong), judge)
-    elif args.by in ("rollouts", "both"):
-        locate_by_rollouts(open_rows(wrong), samples, args)
-    if args.by == "both":
-        keep_where_judge_agrees(open_rows(wrong), judge)
+    if args.by in ("rollouts", "both"):
+        locate_by_rollouts(rows, samples, args)
+    if args.by in ("judge", "both"):
+        locate_by_judge(open_rows(rows), judge, "agreed" if args.by == "both" else "located")
 
 
 def locate_by_rollouts(rows: list[Wrong], samples: Samples, args: Namespace) -> None:
     """The first wrong step, as the one after which the model seldom gets the answer right.
 
-    V(j) is the pass rate of samples that go on after the first j steps; V(n) = 0, as the n steps end in a
-    wrong answer. "Wrong" is not V = 0, because models recover from errors, but at most half of V(0). Binary
-    search keeps V(low) > V(0)/2 >= V(high) until high = low + 1. Every V is a guess from few samples, so
-    fresh ones confirm the drop over that one step.
+    V(n) = 0, as the n steps end in a wrong answer. "Wrong" is not V = 0, because models recover from errors,
+    but at most half of V(0). Binary search keeps V(low) > V(0)/2 >= V(high) until high = low + 1. Every V is
+    a guess from few samples, so fresh ones confirm the drop over that one step.
     """
     # Problems that the model never solves are given up early, after few samples.
     for count in (args.screen, args.rollouts):
         still_open = open_rows(rows)
-        rates = pass_rates(still_open, [0] * len(still_open), samples, count)
+        rates = pass_rates([row.after(0) for row in still_open], samples, count)
         for row, rate in zip(still_open, rates, strict=True):
             row.pass_rates, row.high = [rate], len(row.steps)
             if rate == 0:
@@ -164,7 +155,8 @@ def locate_by_rollouts(rows: list[Wrong], samples: Samples, args: Namespace) -> 
     searching = [row for row in open_rows(rows) if row.high - row.low > 1]
     while searching:
         middles = [(row.low + row.high) // 2 for row in searching]
-        rates = pass_rates(searching, middles, samples, args.rollouts)
+        rates = pass_rates([row.after(middle) for row, middle in zip(searching, middles, strict=True)],
+                           samples, args.rollouts)
         for row, middle, rate in zip(searching, middles, rates, strict=True):
             if rate > args.good_ratio * row.pass_rates[0]:
                 row.low = middle
@@ -175,18 +167,16 @@ def locate_by_rollouts(rows: list[Wrong], samples: Samples, args: Namespace) -> 
     confirm(open_rows(rows), samples, args)
 
 
-def pass_rates(rows: list[Wrong], after: list[int], samples: Samples, count: int,
-               first: int = 0) -> list[float]:
-    """V(j) of each row, for its j in `after`."""
-    prefixes = [row.after(j) for row, j in zip(rows, after, strict=True)]
-    return [pass_rate(drawn) for drawn in samples.draw(prefixes, count, first, desc="locate")]
+def pass_rates(prefixes: list[tuple[Problem, str]], samples: Samples, count: int, first: int = 0,
+               label: str = "locate") -> list[float]:
+    return [pass_rate(drawn) for drawn in samples.draw(prefixes, count, first, label)]
 
 
 def confirm(rows: list[Wrong], samples: Samples, args: Namespace) -> None:
     """Keep a step only if fresh samples show the drop too: good before it, seldom right after it."""
     # The search went where the pass rates happened to be low, so those rates are biased; fresh ones are not.
-    fresh = {"samples": samples, "count": args.confirmations, "first": args.rollouts}
-    before = pass_rates(rows, [row.low for row in rows], **fresh)
+    count, first = args.confirmations, args.rollouts
+    before = pass_rates([row.after(row.low) for row in rows], samples, count, first)
     for row, rate in zip(rows, before, strict=True):
         row.pass_rates += [rate, 0.0]  # nothing is right after the last step of a wrong solution
         if rate <= args.good_ratio * row.pass_rates[0]:
@@ -194,7 +184,7 @@ def confirm(rows: list[Wrong], samples: Samples, args: Namespace) -> None:
 
     # Only steps that are not the last can be gone on from.
     inner = [row for row in open_rows(rows) if row.high < len(row.steps)]
-    after = pass_rates(inner, [row.high for row in inner], **fresh)
+    after = pass_rates([row.after(row.high) for row in inner], samples, count, first)
     for row, rate in zip(inner, after, strict=True):
         row.pass_rates[2] = rate
         if rate > args.bad_ratio * row.pass_rates[1]:
@@ -204,73 +194,48 @@ def confirm(rows: list[Wrong], samples: Samples, args: Namespace) -> None:
         row.step = row.high
 
 
-def locate_by_judge(rows: list[Wrong], judge: Judge) -> None:
-    """The first wrong step by a judge's verdict."""
-    for row, verdict in zip(rows, verdicts_on(rows, judge), strict=True):
-        row.step = verdict
+def locate_by_judge(rows: list[Wrong], judge: Judge, stage: str) -> None:
+    """The first wrong step by a judge's verdict. Where rollouts have named one, both must name the same:
+    labels on which they agree train better than those of either (arXiv:2501.07301)."""
+    solutions = [(row.problem, [step.text for step in row.steps]) for row in rows]
+    for row, verdict in zip(rows, judge.first_errors(solutions), strict=True):
         if verdict is None:
-            row.status = "located: verdict not as asked for"
-        elif verdict == 0:
-            row.status = "located: no wrong step"
+            row.status = f"{stage}: verdict not as asked for"
+        elif row.step not in (None, verdict):
+            row.status = f"{stage}: the judge names another step, or none"
+        else:
+            row.step = verdict
+            if verdict == 0:
+                row.status = f"{stage}: no wrong step"
 
 
-def keep_where_judge_agrees(rows: list[Wrong], judge: Judge) -> None:
-    """Labels on which rollouts and a judge agree train better than either's alone (arXiv:2501.07301)."""
-    for row, verdict in zip(rows, verdicts_on(rows, judge), strict=True):
-        if verdict is None:
-            row.status = "agreed: verdict not as asked for"
-        elif verdict != row.step:
-            row.status = "agreed: the judge names another step, or none"
+def take_filled_in(path: str, rows: list[Wrong]) -> list[Wrong]:
+    """Take the steps that people put into the file. Returns the rows that have no line there yet.
 
-
-def verdicts_on(rows: list[Wrong], judge: Judge) -> list[int | None]:
-    return judge.first_errors([(row.problem, step_texts(row.solution, row.steps)) for row in rows])
-
-
-def write_located(path: str, rows: list[Wrong], by: str) -> None:
-    lines = []
-    for row in rows:
-        fields = {"step": row.step, "status": row.status or "located", "by": by, **row.problem._asdict(),
-                  "solution": row.solution, "pass_rates": row.pass_rates}
-        lines.append(json.dumps(fields, ensure_ascii=False) + "\n")
-    if rank_and_ranks()[0] == 0:
-        write_atomically(path, "".join(lines))
-
-
-def read_filled_in(path: str, rows: list[Wrong]) -> None:
-    """Take the steps that people put into the file that `write_located` wrote for these rows.
-
-    Raises InputError if it is for other solutions, or if a step is none of its solution's.
+    Lines are known by problem and solution, so they may be moved, and none is ever changed or removed.
+    Raises InputError if a step is none of its solution's.
     """
-    lines = read_rows(path) if rows else []
-    if len(lines) != len(rows):
-        raise InputError(f"{path}: has {len(lines)} rows for {len(rows)} wrong solutions, so it was made for "
-                         "others; choose another --out")
-    for (where, line), row in zip(lines, rows, strict=True):
-        if (line.get("prompt"), line.get("solution")) != (row.problem.prompt, row.solution):
-            raise InputError(f"{where}: is not the wrong solution that stands there now; lines must not be "
-                             "moved, and other problems need another --out")
-        step, n = line.get("step"), len(row.steps)
-        if step is not None and (type(step) is not int or not 0 <= step <= n):
-            raise InputError(f"{where}: step must be 0 (none is wrong) to {n}, or null, not {step!r}")
-        row.step = step
-        if step is None:
+    filled_in = {}
+    for where, line in read_rows(path) if os.path.exists(path) else []:
+        filled_in[line.get("prompt"), line.get("solution")] = where, line.get("step")
+
+    new = []
+    for row in rows:
+        place = row.problem.prompt, row.solution
+        if place not in filled_in:
+            new.append(row)
+        where, row.step = filled_in.get(place, (path, None))
+        n = len(row.steps)
+        if row.step is None:
             row.status = "located: not filled in yet"
-        elif step == 0:
+        elif type(row.step) is not int or not 0 <= row.step <= n:
+            raise InputError(f"{where}: step must be 0 (none is wrong) to {n}, or null, not {row.step!r}")
+        elif row.step == 0:
             row.status = "located: no wrong step"
+    return new
 
 
 # ---------------------------------------------------------------------------------------------------- rectify
-
-
-@dataclass
-class Repair:
-    """A located error, and what may take its place."""
-
-    row: Wrong
-    pass_rate: float                      # of samples that go on from the right steps before it
-    candidates: list[tuple[str, Steps]]   # solutions that pass, by their next step, the most frequent first
-    pairs: list[dict] = field(default_factory=list)
 
 
 def rectify(located: list[Wrong], samples: Samples, judge: Judge | None, args: Namespace) -> list[dict]:
@@ -280,164 +245,154 @@ def rectify(located: list[Wrong], samples: Samples, judge: Judge | None, args: N
     answer is right does not make the step right: it must also be as good to go on from as the steps before
     it, or please the judge. Wave n checks everyone's n-th candidate.
     """
+    # Two solutions may share the wrong step and all before it: one of them is enough.
+    seen = set()
+    for row in located:
+        wrong_step = row.after(row.step - 1), simplified(row.steps[row.step - 1].text)
+        if wrong_step in seen:
+            row.status = "rectified: the step is already rejected in another pair"
+        seen.add(wrong_step)
+    located = open_rows(located)
+
     # What `locate` drew there to find and confirm the step counts; mostly that is enough.
     known = args.rollouts + args.confirmations if args.by in ("rollouts", "both") else 0
     count = max(args.rectify_samples, known)
-    drawn = samples.draw([row.after(row.step - 1) for row in located], count, desc="rectify")
-
-    repairs = []
+    drawn = samples.draw([row.after(row.step - 1) for row in located], count, label="rectify")
     for row, found in zip(located, drawn, strict=True):
-        repair = Repair(row, pass_rate(found), candidates_for(row, found, args))
-        if repair.pass_rate == 0:
+        row.rate_before, row.candidates = pass_rate(found), candidates_for(row, found, args)
+        if row.rate_before == 0:
             row.status = "rectified: no continuation passes"
-        elif not repair.candidates:
+        elif not row.candidates:
             row.status = "rectified: no other step of similar length"
-        repairs.append(repair)
 
     for n in range(args.tries):
-        wave = [repair for repair in repairs
-                if n < len(repair.candidates) and len(repair.pairs) < args.pairs_per_step]
-        for repair, is_right in zip(wave, check(wave, n, samples, judge, args), strict=True):
+        wave = [row for row in located if n < len(row.candidates) and len(row.pairs) < args.pairs_per_step]
+        for row, is_right in zip(wave, check(wave, n, samples, judge, args), strict=True):
             if is_right:
-                repair.pairs.append(make_pair(repair.row, *repair.candidates[n]))
+                row.pairs.append(make_pair(row, row.candidates[n]))
 
-    pairs = []
-    for repair in repairs:
-        pairs += repair.pairs
-        if not repair.pairs and not repair.row.status:
-            repair.row.status = "rectified: no chosen step passes --check"
+    pairs, of_problem = [], Counter()
+    for row in located:
+        room = args.per_problem - of_problem[row.problem]
+        if not row.pairs and not row.status:
+            row.status = "rectified: no chosen step passes --check"
+        elif row.pairs and room == 0:
+            row.status = "rectified: more than --per-problem"
+        pairs += row.pairs[:room]
+        of_problem[row.problem] += len(row.pairs[:room])
     return pairs
 
 
-def candidates_for(row: Wrong, drawn: list[Sample], args: Namespace) -> list[tuple[str, Steps]]:
-    """One solution that passes for each different next step, the most frequent step first."""
+def candidates_for(row: Wrong, drawn: list[Sample], args: Namespace) -> list[list[Step]]:
+    """The steps of one solution that passes for each different next step, the most frequent step first."""
     k, (_, prefix) = row.step, row.after(row.step - 1)
-    by_step: dict[str, list[tuple[str, Steps]]] = {}
+    by_text: dict[str, list[list[Step]]] = {}
     for sample in drawn:
         steps = find_steps(sample.solution) if sample.passes else None
         # The step must begin where the right steps end: a sample may number its steps anew.
-        if steps and len(steps) >= k and steps[k - 1][1] == len(prefix):
-            step = simplified(step_text(sample.solution, steps, k))
-            by_step.setdefault(step, []).append((sample.solution, steps))
+        if steps and len(steps) >= k and steps[k - 1].before == prefix:
+            by_text.setdefault(simplified(steps[k - 1].text), []).append(steps)
 
-    wrong, ratio = simplified(step_text(row.solution, row.steps, k)), args.max_length_ratio
+    wrong, ratio = simplified(row.steps[k - 1].text), args.max_length_ratio
     kept = []
-    for step, solutions in by_step.items():
-        if step != wrong and 1 / ratio <= len(step) / len(wrong) <= ratio:
+    for text, solutions in by_text.items():
+        if text != wrong and 1 / ratio <= len(text) / len(wrong) <= ratio:
             kept.append(solutions)
     return [solutions[0] for solutions in sorted(kept, key=len, reverse=True)]
 
 
-def check(wave: list[Repair], n: int, samples: Samples, judge: Judge | None, args: Namespace) -> list[bool]:
-    """Whether the n-th candidate of each is right, by --check."""
+def check(wave: list[Wrong], n: int, samples: Samples, judge: Judge | None, args: Namespace) -> list[bool]:
+    """Whether the n-th candidate of each row is right, by --check."""
     if args.check == "judge":
         beginnings = []
-        for repair in wave:
-            text, steps = repair.candidates[n]
-            beginnings.append((repair.row.problem, step_texts(text, steps)[:repair.row.step]))
+        for row in wave:
+            beginnings.append((row.problem, [step.text for step in row.candidates[n][:row.step]]))
         return [verdict == 0 for verdict in judge.first_errors(beginnings)]
 
     # A candidate that is the last step is right, because the answer is; the others are gone on from.
-    inner, prefixes = [], []
-    for repair in wave:
-        text, steps = repair.candidates[n]
-        if len(steps) > repair.row.step:
-            inner.append(repair)
-            prefixes.append((repair.row.problem, prefix_before(text, steps, repair.row.step + 1)))
-    worse = []
-    for repair, drawn in zip(inner, samples.draw(prefixes, args.rollouts, desc="check"), strict=True):
-        if pass_rate(drawn) < repair.pass_rate:
-            worse.append(repair)
-    return [repair not in worse for repair in wave]
+    inner = [row for row in wave if len(row.candidates[n]) > row.step]
+    prefixes = [(row.problem, row.candidates[n][row.step].before) for row in inner]
+    rates = pass_rates(prefixes, samples, args.rollouts, label="check")
+    worse = {row for row, rate in zip(inner, rates, strict=True) if rate < row.rate_before}
+    return [row not in worse for row in wave]
 
 
-def make_pair(row: Wrong, text: str, steps: Steps) -> dict:
-    """`text` is a solution that passes, with the same steps as the row's up to the wrong one."""
-    _, prefix = row.after(row.step - 1)
+def make_pair(row: Wrong, steps: list[Step]) -> dict:
+    """`steps` are those of a solution that passes, up to the wrong one the same as the row's."""
+    prefix, last = steps[row.step - 1].before, steps[-1]
+    passing = last.before + last.text
     return {"dataset": row.problem.dataset, "prompt": row.problem.prompt, "initial_reason_steps": prefix,
-            "chosen": step_text(text, steps, row.step),
-            "rejected": step_text(row.solution, row.steps, row.step),
-            "full_chosen": text[len(prefix):].rstrip(),
-            "full_rejected": row.solution[len(prefix):].rstrip(), "answer": row.problem.answer}
+            "chosen": steps[row.step - 1].text, "rejected": row.steps[row.step - 1].text,
+            "full_chosen": passing[len(prefix):], "full_rejected": row.solution[len(prefix):].rstrip(),
+            "answer": row.problem.answer}
 
 
 def simplified(step: str) -> str:
     return " ".join(step.lower().split())
 
 
-def select(pairs: list[dict], args: Namespace) -> tuple[list[dict], Counter]:
-    """Pairs that do not repeat each other, and how many fell away, by the reason."""
-    kept, reasons, of_step, of_problem = [], Counter(), Counter(), Counter()
-    for pair in pairs:
-        step = pair["prompt"], pair["initial_reason_steps"], simplified(pair["rejected"])
-        if of_step[step] >= args.pairs_per_step:
-            reasons["pairs: the step is already rejected in another pair"] += 1
-        elif of_problem[pair["prompt"]] == args.per_problem:
-            reasons["pairs: more than --per-problem"] += 1
-        else:
-            kept.append(pair)
-            of_step[step] += 1
-            of_problem[pair["prompt"]] += 1
-    return kept, reasons
-
-
 # --------------------------------------------------------------------------------------------- all the stages
 
 
-def build(problems: list[Problem], samples: Samples, judge: Judge | None, args: Namespace) -> None:
-    """Problems -> pairs.jsonl in the folder --out, and a count of what fell away where. Collective."""
-    located_file, pairs_file = f"{args.out}/located.jsonl", f"{args.out}/pairs.jsonl"
-    solutions = solve(problems, samples, args.samples, STEP_PREFIX if args.step_prefix else "")
+def build(solutions: list[tuple[Problem, Sample]], samples: Samples, judge: Judge | None,
+          args: Namespace) -> None:
+    """Solutions -> pairs.jsonl in the folder --out, and a count of what fell away where. Collective."""
     wrong = wrong_solutions(solutions, args)
-
+    usable = open_rows(wrong)
     if args.by == "human":
-        if not was_there(located_file):
-            write_located(located_file, open_rows(wrong), args.by)
-            print0(f"{located_file}: where step is null, put the number of the first wrong step there (0 if "
-                   "none is); then run the same command again")
-            return
-        read_filled_in(located_file, open_rows(wrong))
+        sheet = f"{args.out}/located.jsonl"
+        new = take_filled_in(sheet, usable)
+        wait_for_all()  # before rank 0 adds to what the others read
+        write_rows(sheet, [as_line(row, args) for row in new], mode="a")
+        print0(f"{sheet}: where step is null, put the number of the first wrong step there (0 if none is); "
+               "then run the same command again")
+        if not open_rows(usable):
+            return report_counts(len(solutions), wrong, args)
     else:
-        refuse_to_overwrite_people(located_file)
-        locate(wrong, samples, judge, args)
-        write_located(located_file, wrong, args.by)
+        locate(usable, samples, judge, args)
+        write_rows(f"{args.out}/located_by_{args.by}.jsonl", [as_line(row, args) for row in wrong])
 
-    # Two solutions may share the wrong step and all before it: one pair of them is enough.
-    pairs, repeated = select(rectify(open_rows(wrong), samples, judge, args), args)
-    if rank_and_ranks()[0] == 0:
-        lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs]
-        write_atomically(pairs_file, "".join(lines))
-    report_counts(len(solutions), wrong, repeated, args.by)
-    print0(f"{len(pairs)} pairs of {len({pair['prompt'] for pair in pairs})} problems -> {pairs_file}")
+    pairs = rectify(open_rows(usable), samples, judge, args)
+    write_rows(f"{args.out}/pairs.jsonl", pairs)
+    report_counts(len(solutions), wrong, args)
+    of_problems = len({pair["prompt"] for pair in pairs})
+    print0(f"{len(pairs)} pairs of {of_problems} problems -> {args.out}/pairs.jsonl")
 
 
-def was_there(path: str) -> bool:
-    """Whether a file was there before any rank of this run could have written it. Collective."""
-    found = os.path.exists(path)
+def as_line(row: Wrong, args: Namespace) -> dict:
+    return {"step": row.step, "status": row.status or "located", "by": args.by, **row.problem._asdict(),
+            "solution": row.solution, "pass_rates": row.pass_rates}
+
+
+def wait_for_all() -> None:
     if dist.is_initialized():
         dist.barrier()
-    return found
 
 
-def refuse_to_overwrite_people(path: str) -> None:
-    rows = read_rows(path) if os.path.exists(path) and os.path.getsize(path) else []
-    if any(row.get("by") == "human" and row.get("step") is not None for _, row in rows):
-        raise InputError(f"{path}: holds steps that people filled in, which would be overwritten; go on with "
-                         "--by human, or choose another --out")
+def write_rows(path: str, rows: list[dict], mode: str = "w") -> None:
+    """On rank 0: a JSONL file, complete or not at all, or lines at its end."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if mode == "w":
+        write_atomically(path, text)
+    elif rows:
+        with open(path, mode, encoding="utf-8") as file:
+            file.write(text)
 
 
-def report_counts(solutions: int, wrong: list[Wrong], repeated: Counter, by: str) -> None:
+def report_counts(solutions: int, wrong: list[Wrong], args: Namespace) -> None:
     """Print how many are left after each stage, and why the others are not (from "stage: reason")."""
-    stages = ["usable", "located", "rectified", "pairs"]
-    if by in ("rollouts", "both"):
-        stages.insert(2, "confirmed")
-    if by == "both":
-        stages.insert(3, "agreed")
+    stages = ["usable", "located"]
+    if args.by in ("rollouts", "both"):
+        stages.append("confirmed")
+    if args.by == "both":
+        stages.append("agreed")
 
-    reasons = Counter(row.status for row in wrong if row.status) + repeated
+    reasons = Counter(row.status for row in wrong if row.status)
     left = len(wrong)
     lines = [f"{'solutions':12}{solutions:7,}", f"{'wrong':12}{left:7,}"]
-    for stage in stages:
+    for stage in [*stages, "rectified"]:
         fell_away = sorted((reason, n) for reason, n in reasons.items() if reason.startswith(f"{stage}: "))
         left -= sum(n for _, n in fell_away)
         lines.append(f"{stage:12}{left:7,}")
