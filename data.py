@@ -28,39 +28,28 @@ So each step sees exactly what it would see alone, and the last prefix token pre
 Many pairs stand in one row, and do not see each other. No mask of a row is made: the keys of a step are those
 of its prefix followed by its own, and then attention is ordinary causal attention, segment by segment.
 
-In reading order: reading rows; encoding them; the plan of a run and the packing of a batch; and a few small
-things that the trainer (stepdpo.py) and the making of pairs (pairs/) share: files, printing, flags.
+In reading order: reading rows; encoding them; the plan of a run and the packing of a batch.
 """
 
-import argparse
 import hashlib
 import heapq
 import itertools
-import json
 import math
 import os
 import re
-import shlex
-import struct
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from tqdm import tqdm
+
+from files import InputError, content_key, parse_json, progress, read_bytes
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 TEMPLATES = ("chat", "alpaca", "deepseek-math")
 SPANS = {"step": ("chosen", "rejected"), "solution": ("full_chosen", "full_rejected")}
-
-
-class InputError(ValueError):
-    """Bad input: the message says where and what to do. The command lines print it without a stack trace."""
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -99,24 +88,16 @@ def read_rows(path: str) -> list[tuple[str, dict]]:
     return rows
 
 
-def read_bytes(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read().removeprefix(b"\xef\xbb\xbf")  # the byte order mark of Windows' editors
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-
-
-def parse_json(where: str, text: bytes) -> Any:
-    try:
-        return json.loads(text.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        line = where if where[-1].isdigit() else f"{where}:{error.lineno}"
-        raise InputError(f"{line}: not valid JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-        raise InputError(f"{where}: not a row: {error}") from None
+def hold_out(rows: list[tuple[str, dict]], share: float) -> tuple[list, list]:
+    """(the rest, the rows of a share of the problems), the same however the rows are ordered."""
+    held_out = []
+    rest = []
+    for where, row in rows:
+        number = int(content_key(str(row.get("prompt")))[:8], 16) / 2**32  # as good as random
+        (held_out if number < share else rest).append((where, row))
+    if not held_out or not rest:
+        raise InputError(f"--eval-data {share}: leaves {len(rest)} of {len(rows)} pairs to train on")
+    return rest, held_out
 
 
 def _read_with_datasets(path: str) -> Any:
@@ -154,9 +135,9 @@ def read_tokenizer(model: str) -> Any:
     """Of a model's folder or hub name."""
     from transformers import AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{model}: no tokenizer there ({error})") from None
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:  # whatever the reader of an odd file happens to run into
+        raise InputError(f"{model}: no tokenizer there ({type(error).__name__}: {error})") from None
 
 
 def open_turn(tokenizer, prompt: str, template: str, instruction: str | None = None) -> str:
@@ -179,7 +160,15 @@ def open_turn(tokenizer, prompt: str, template: str, instruction: str | None = N
         raise InputError(f"{tokenizer.name_or_path}: its tokenizer has no chat template; pass "
                          "--template alpaca or --template deepseek-math, whichever the model was tuned with")
     turn = [{"role": "user", "content": user}]
-    return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program, and may fail in any way
+        raise InputError(f"{tokenizer.name_or_path}: its chat template fails on {user[:60]!r} "
+                         f"({type(error).__name__}: {error})") from None
+    if user.strip() not in text:
+        raise InputError(f"{tokenizer.name_or_path}: its chat template changes or drops the problem: "
+                         f"{user[:60]!r} becomes {text[:200]!r}")
+    return text
 
 
 def tokenize(tokenizer, texts: Sequence[str], template: str) -> list[list[int]]:
@@ -205,13 +194,13 @@ def encode(
     instruction: str | None,
     span: str,        # "step": one step after the shared ones; "solution": all that follows + EOS (plain DPO)
     max_length: int,  # tokens of prefix + longer branch; a longer pair is dropped, never truncated
-) -> tuple[list[Pair], list[str]]:
-    """Pairs of token ids, and one message for each pair that was dropped because it is too long.
+) -> tuple[list[Pair], dict[str, list[str]]]:
+    """Pairs of token ids, and the places of the rows that were dropped, by the reason.
 
     A step is *not* followed by an end-of-sequence token: it is not the end of the answer. Prefix and step are
     tokenized together, as the model saw them when it wrote them; the shared prefix is what both results have
     in common with the prefix tokenized alone, so no merge across the boundary is invented or lost.
-    Raises InputError that lists the first bad rows.
+    Raises InputError that lists the first bad rows, and if more than a fifth of the rows cannot teach.
     """
     _refuse_bad_rows(rows, span)
     if span == "solution" and tokenizer.eos_token_id is None:
@@ -220,9 +209,9 @@ def encode(
     end = [tokenizer.eos_token_id] if span == "solution" else []
 
     texts = []  # of each row three: the prefix, prefix + chosen, prefix + rejected
-    for _, row in rows:
+    for _, row in progress(rows, f"template {template}"):
         steps = row["initial_reason_steps"]
-        prefix = open_turn(tokenizer, row["prompt"], template, instruction) + steps
+        prefix = open_turn(tokenizer, prompt_of(row), template, instruction) + steps
         texts.append(prefix)
         for name in SPANS[span]:
             # A full solution may repeat the steps it goes on from.
@@ -230,26 +219,31 @@ def encode(
             texts.append(prefix + branch)
     ids = tokenize(tokenizer, texts, template)  # in one call, because fast tokenizers then use all cores
 
-    pairs, dropped = [], []
-    for i, (where, _) in enumerate(rows):
+    pairs, dropped = [], {}
+    for i, (where, row) in enumerate(rows):
         prefix, chosen, rejected = ids[3 * i:3 * i + 3]
         # Where the tokenizer merges across the boundary, the prefix ends earlier, and the steps begin there.
         shared = _common_length(prefix, chosen, rejected)
         pair = Pair(chosen[:shared], chosen[shared:] + end, rejected[shared:] + end, where)
-        if not (pair.prefix and pair.chosen and pair.rejected) or pair.chosen == pair.rejected:
-            raise InputError(f"{where}: as tokens, the prefix, {' or '.join(SPANS[span])} is empty, or the "
-                             "last two are equal; remove the row")
-
         length = len(pair.prefix) + max(len(pair.chosen), len(pair.rejected))
-        if length <= max_length:
-            pairs.append(pair)
-        else:
-            dropped.append(f"{where}: {length} tokens")
 
-    if not pairs:
-        raise InputError(f"all {len(dropped)} pairs are longer than --max-length {max_length} "
-                         f"(first: {dropped[0]})")
+        reason = _why_it_cannot_teach(row, pair, span)
+        if not reason and length > max_length:
+            reason = f"longer than --max-length {max_length}"
+            where = f"{where}: {length} tokens"
+        if reason:
+            dropped.setdefault(reason, []).append(where)
+        else:
+            pairs.append(pair)
+
+    _refuse_too_few(len(rows), len(pairs), dropped)
     return pairs, dropped
+
+
+def prompt_of(row: dict) -> str:
+    """The problem: `prompt` is its text, or a list of one message of the user."""
+    prompt = row["prompt"]
+    return prompt if isinstance(prompt, str) else prompt[0]["content"]
 
 
 def _refuse_bad_rows(rows: list[tuple[str, dict]], span: str) -> None:
@@ -265,20 +259,43 @@ def _refuse_bad_rows(rows: list[tuple[str, dict]], span: str) -> None:
 
 
 def _what_is_wrong(row: dict, span: str) -> str | None:
-    chosen, rejected = SPANS[span]
-    names = ("prompt", "initial_reason_steps", chosen, rejected)
+    names = ("prompt", "initial_reason_steps", *SPANS[span])
     for name in names:
         if name not in row:
             return f"has no field {name!r}; a row needs {', '.join(names)}"
-        if not isinstance(row[name], str):
-            return f"{name!r} must be text, got {type(row[name]).__name__}"
-        if re.search("[\ud800-\udfff]", row[name]):
+        text = row[name]
+        if name == "prompt" and isinstance(text, list):
+            if [isinstance(turn, dict) and turn.get("role") for turn in text] != ["user"]:
+                return "'prompt' must be text, or a list of one message of the user"
+            text = text[0].get("content")
+        if not isinstance(text, str):
+            return f"{name!r} must be text, got {type(text).__name__}"
+        if re.search("[\ud800-\udfff]", text):
             return f"{name!r} has half a character (a lone surrogate); remove the row or repair it"
-        if not row[name].strip() and name != "initial_reason_steps":
-            return f"{name!r} is empty; remove the row or fill it in"
-    if row[chosen].strip() == row[rejected].strip():
-        return f"{chosen!r} equals {rejected!r}, so there is nothing to prefer; remove the row"
+        if name == "prompt" and not text.strip():
+            return "'prompt' is empty; remove the row or fill it in"
     return None
+
+
+def _why_it_cannot_teach(row: dict, pair: Pair, span: str) -> str | None:
+    for name, ids in zip(SPANS[span], (pair.chosen, pair.rejected), strict=True):
+        if not row[name].strip() or not ids:
+            return f"{name!r} is empty"
+    if not pair.prefix:
+        return "nothing comes before the steps"
+    chosen, rejected = (row[name].strip() for name in SPANS[span])
+    if chosen == rejected or pair.chosen == pair.rejected:
+        return f"{' equals '.join(map(repr, SPANS[span]))}, so there is nothing to prefer"
+    return None
+
+
+def _refuse_too_few(rows: int, pairs: int, dropped: dict[str, list[str]]) -> None:
+    reasons = "; ".join(f"{len(places)} {reason} (first: {places[0]})" for reason, places in dropped.items())
+    cannot_teach = sum(len(places) for reason, places in dropped.items() if "--max-length" not in reason)
+    if cannot_teach > rows / 5:
+        raise InputError(f"{cannot_teach} of {rows} rows cannot be trained on, more than a fifth: {reasons}")
+    if not pairs:
+        raise InputError(f"no pair of {rows} is left: {reasons}")
 
 
 def _common_length(*sequences: list[int]) -> int:
@@ -307,19 +324,19 @@ def fingerprint(pairs: Sequence[Pair]) -> str:
 # -------------------------------------------------------------------------------- the plan of a run, packing
 
 
-def schedule(pairs: int, batch_size: int, epochs: int, seed: int) -> list[np.ndarray]:
-    """The pair indices of each optimizer step: every pair exactly once per epoch, in a new order each epoch.
+def steps_per_epoch(pairs: int, batch_size: int) -> int:
+    """Optimizer steps of an epoch, so many that no step is a small leftover: the paper's 10,795 pairs at
+    batch size 128 give 84 steps of 128 or 129 pairs."""
+    return max(1, round(pairs / batch_size))
 
-    An epoch is cut into round(pairs / batch_size) batches that differ by at most one pair, so that no step is
-    a small leftover: the paper's 10,795 pairs at batch size 128 give 84 steps of 128 or 129 pairs.
-    """
-    steps_per_epoch = max(1, round(pairs / batch_size))
-    batches = []
-    for epoch in range(epochs):
-        # Seeded by epoch, so that a run that resumes need not replay the random numbers before it.
-        order = np.random.default_rng((seed, epoch)).permutation(pairs)
-        batches += np.array_split(order, steps_per_epoch)
-    return batches
+
+def indices_of_step(step: int, pairs: int, batch_size: int, seed: int) -> np.ndarray:
+    """The pairs of an optimizer step: every pair exactly once per epoch, in a new order each epoch."""
+    steps = steps_per_epoch(pairs, batch_size)
+    epoch, step_of_epoch = divmod(step, steps)
+    # Seeded by epoch, so that a run that resumes need not replay the random numbers before it.
+    order = np.random.default_rng((seed, epoch)).permutation(pairs)
+    return np.array_split(order, steps)[step_of_epoch]
 
 
 def split(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list[int]]]:
@@ -427,117 +444,3 @@ def pack(pairs: Sequence[Pair], share_prefix: bool = True) -> Batch:
 
 def _offsets(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-
-
-# ------------------------------------------------------------ what the trainer and the making of pairs share
-
-
-def content_key(*parts: str) -> str:
-    """A name for some content: 64 bits of SHA-256, in hex."""
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
-def leave_process_group() -> None:
-    """The end of a program that torchrun may have started."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-        # A thread of gloo may still hold the tensors of its last message, and needs Python to drop them:
-        # without this pause one run in fifty ended by SIGABRT, when all was done.
-        time.sleep(0.1)
-
-
-def print0(*lines: str) -> None:
-    """Print on rank 0 only, without tearing a progress bar."""
-    if os.environ.get("RANK", "0") == "0":
-        tqdm.write("\n".join(lines))
-        sys.stdout.flush()
-
-
-def write_atomically(path: str, text: str) -> None:
-    """Write a file so that it is there completely or not at all."""
-    unfinished = f"{path}.writing"
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-
-
-def model_identity(path: str) -> str:
-    """The name of a hub model; of a folder, a hash of what the model computes.
-
-    Configuration, tokenizer and index count byte for byte. Of the weights the names, types and sizes of all
-    tensors count, the bytes of small ones, and of large ones 16 samples each: reading all of a 145 GB model
-    would take minutes.
-    """
-    if not os.path.isdir(path):
-        return path
-    digest = hashlib.sha256()
-    for name in sorted(os.listdir(path)):
-        file_path = os.path.join(path, name)
-        if name.endswith((".json", ".jinja", ".txt", ".model")):
-            digest.update(name.encode() + read_bytes(file_path))
-        elif name.endswith(".safetensors"):
-            with open(file_path, "rb") as file:
-                (header_length,) = struct.unpack("<Q", file.read(8))
-                header = file.read(header_length)
-                digest.update(header)
-                for tensor in parse_json(file_path, header).values():
-                    if "data_offsets" in tensor:
-                        start, end = tensor["data_offsets"]
-                        _update_with_samples(digest, file, 8 + header_length + start, end - start)
-        elif name.endswith(".bin"):
-            with open(file_path, "rb") as file:
-                _update_with_samples(digest, file, 0, os.path.getsize(file_path))
-    return f"sha256:{digest.hexdigest()[:16]}"
-
-
-def _update_with_samples(digest, file, start: int, length: int) -> None:
-    """Add `length` bytes of a file to a hash: all of them up to 64 kB, else 16 times 4 kB, spread evenly."""
-    samples, size = (16, 4096) if length > 65536 else (1, length)
-    for i in range(samples):
-        file.seek(start + i * (length - size) // max(1, samples - 1))
-        digest.update(file.read(size))
-
-
-class Parser(argparse.ArgumentParser):
-    """Flags with hyphens or underscores, never abbreviated; @FILE reads flags from a file, # is a comment."""
-
-    def __init__(self, *args, **options):
-        super().__init__(*args, allow_abbrev=False, fromfile_prefix_chars="@",
-                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-
-    def parse_known_args(self, args=None, namespace=None):
-        words = sys.argv[1:] if args is None else args
-        return super().parse_known_args([with_hyphens(word) for word in words], namespace)
-
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        try:
-            return [with_hyphens(word) for word in shlex.split(arg_line, comments=True)]
-        except ValueError as error:  # a quotation that does not end
-            self.error(f"{error}: {arg_line}")
-
-
-def with_hyphens(word: str) -> str:
-    """--learning_rate=1 as --learning-rate=1; values stay as they are."""
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value if name.startswith("--") else word
-
-
-def checked(kind: type, holds: Callable[[Any], bool], must: str) -> Callable[[str], Any]:
-    """An argparse type: an int, float or str for which `holds` is true; else "must be ..."."""
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not holds(value):
-            raise argparse.ArgumentTypeError(f"must be {must}, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse says "invalid int value"
-    return parse
-
-
-TEXT = checked(str, bool, "more than nothing")  # which an unset shell variable is
-POSITIVE_INT = checked(int, lambda x: x > 0, "above 0")
-POSITIVE_FLOAT = checked(float, lambda x: 0 < x < math.inf, "above 0")
-INT = checked(int, lambda x: x >= 0, "at least 0")
-FLOAT = checked(float, lambda x: 0 <= x < math.inf, "at least 0")

@@ -12,9 +12,9 @@ where pi_ref is the model before training. Only the step is trained on; all befo
         --data xinlai/Math-Step-DPO-10K --output-dir OUT
 
 In reading order: the loss; the policy, a model that returns log-probabilities of steps; from pairs to
-log-probabilities; the training; what comes before its first step; building, sharding, loading and exporting
-the model; checkpoints; flags. data.py says what a pair is and how it becomes tokens, kernels.py why no logits
-are ever held.
+log-probabilities; the training; what comes before its first step; building and sharding the model; the
+output folder; flags. data.py says what a pair is and how it becomes tokens, kernels.py why no logits are ever
+held, storage.py how weights get from a disk into shards and back.
 """
 
 import argparse
@@ -22,37 +22,33 @@ import gc
 import json
 import math
 import os
-import re
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
-import safetensors
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed import fsdp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 from torch.nn.attention import varlen
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-from data import FLOAT, INT, POSITIVE_FLOAT, POSITIVE_INT, TEXT, Batch, InputError, Pair, print0
+import files
+import storage
+from data import Batch, Pair
+from files import INT, POSITIVE_FLOAT, POSITIVE_INT, SHARE, TEXT, InputError, print0
 from kernels import linear_logps
 
 Config = argparse.Namespace  # the flags, by name
@@ -326,6 +322,9 @@ def evaluate(step: int, policy: Policy, held_out: Sequence[Pair], reference: Ten
     if not held_out:
         return
     metrics = average_metrics(all_logps(policy, held_out, config, "evaluating"), reference, config.beta)
+    if not math.isfinite(metrics["loss"]):
+        raise InputError(f"step {step}: held-out loss {metrics['loss']}; nothing was exported. "
+                         "Try a lower --learning-rate")
     log(config, {"step": step, **{f"eval/{name}": value for name, value in metrics.items()}})
 
     # Before the first step the policy is its own reference, and no reward is the larger one.
@@ -336,63 +335,78 @@ def evaluate(step: int, policy: Policy, held_out: Sequence[Pair], reference: Ten
 
 def train(config: Config) -> None:
     """The whole run: read, self-check, reference pass, optimizer steps, export. Collective."""
-    start_processes()
-    if is_finished(config):
-        return print0(f"finished    already: {config.output_dir}/model")
+    start_processes(config.timeout)
+    lock = storage.claim_output_dir(config)  # held until this returns
 
-    # What is trained on, and in which order.
-    folder = resolve(config.model)
+    # What is trained on, in how many optimizer steps.
+    folder = storage.resolve(config.model)
     tokenizer = data.read_tokenizer(folder)
-    pairs = read_pairs("training", config.data, tokenizer, config)
-    held_out = read_pairs("held-out", config.eval_data, tokenizer, config)
+    pairs, held_out = read_pairs(tokenizer, config)
+    identity = storage.identity_of(folder, data.fingerprint(pairs), data.fingerprint(held_out), config)
+    if storage.is_finished(identity, config):
+        return print0(f"finished    already: {config.output_dir}/model")
+    storage.refuse_full_disk(folder, config)
     config = fill_budget(config, pairs + held_out)
-    plan = data.schedule(len(pairs), config.batch_size, config.epochs, config.seed)
-    plan = plan[:config.max_steps or len(plan)]
+    steps = config.epochs * data.steps_per_epoch(len(pairs), config.batch_size)
+    steps = min(steps, config.max_steps or steps)
 
     # The policy before training is the reference: what it says of each pair is computed once.
-    policy, reference, held_out_reference = reference_pass(folder, pairs, held_out, plan, tokenizer, config)
+    policy, reference, held_out_reference = reference_pass(folder, pairs, held_out, steps, tokenizer, config)
     optimizer = torch.optim.AdamW(
         policy.parameters(), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
-    first = start_or_resume(policy, optimizer, folder, pairs, plan, config)
 
-    stop_asked = []  # no longer empty once SIGTERM came, as it does to a job that is preempted
-    default = signal.signal(signal.SIGTERM, lambda *_: stop_asked.append(True))
-    began = time.perf_counter()
-    bar = tqdm(range(first, len(plan)), initial=first, total=len(plan), desc="training", unit="step",
-               disable=dist.get_rank() > 0)
-    for step in bar:
-        if step % config.eval_every == 0:
-            evaluate(step, policy, held_out, held_out_reference, config)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, len(plan), config)
-        metrics = train_step(step, policy, optimizer, pairs, plan[step], reference, config)
-        log(config, {"step": step, **metrics})
-        bar.set_postfix_str(f"loss {metrics['loss']:.4f}, margin {metrics['rewards/margins']:+.4f}, "
-                            f"{metrics['pairs_per_second']:.1f} pairs/s", refresh=False)
-        save_if_due(policy, optimizer, step + 1, len(plan), stop_asked, config)
+    with noticing_stop_signals() as stop_asked:
+        first = start_or_resume(policy, optimizer, identity, steps, config)
+        began, seen = time.perf_counter(), 0
+        bar = tqdm(range(first, steps), initial=first, total=steps, desc="training", unit="step",
+                   disable=dist.get_rank() > 0)
+        for step in bar:
+            if step % config.eval_every == 0:
+                evaluate(step, policy, held_out, held_out_reference, config)
+            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, config)
+            indices = data.indices_of_step(step, len(pairs), config.batch_size, config.seed)
+            metrics = train_step(step, policy, optimizer, pairs, indices, reference, config)
+            log(config, {"step": step, **metrics})
 
-    # Exported before it is evaluated: the weights are what must not be lost.
-    export(policy, folder, f"{config.output_dir}/model")
-    signal.signal(signal.SIGTERM, default)
-    evaluate(len(plan), policy, held_out, held_out_reference, config)
+            seen += len(indices)
+            bar.set_postfix_str(f"loss {metrics['loss']:.4f}, margin {metrics['rewards/margins']:+.4f}, "
+                                f"{metrics['pairs_per_second']:.1f} pairs/s", refresh=False)
+            save_if_due(policy, optimizer, step + 1, steps, stop_asked, config)
+
+    # The model comes last: a run is finished if and only if it is there.
+    evaluate(steps, policy, held_out, held_out_reference, config)
+    storage.export(policy, folder, f"{config.output_dir}/model")
     minutes = (time.perf_counter() - began) / 60
-    seen = sum(len(indices) for indices in plan[first:])
-    print0(f"finished    {len(plan) - first} optimizer steps, {seen:,} pairs in {minutes:.1f} min",
+    print0(f"finished    {steps - first} optimizer steps, {seen:,} pairs in {minutes:.1f} min",
            f"            metrics in {config.output_dir}/metrics.jsonl, model in {config.output_dir}/model")
+    del lock
 
 
 # ---------------------------------------------------------------------------- before the first optimizer step
 
 
-def read_pairs(name: str, source: str | None, tokenizer: Any, config: Config) -> list[Pair]:
-    """The pairs in a file, none if there is no file. Says how many are too long."""
-    if not source:
-        return []
-    pairs, dropped = data.encode(data.read_rows(source), tokenizer, config.template, config.instruction,
-                                 config.span, config.max_length)
-    hint = f"; raise that to keep them (first: {', '.join(dropped[:3])})" if dropped else ""
-    print0(f"{name:11s} {len(pairs):,} pairs, {len(dropped):,} dropped as longer than --max-length "
-           f"{config.max_length}{hint}")
-    return pairs
+def read_pairs(tokenizer: Any, config: Config) -> tuple[list[Pair], list[Pair]]:
+    """The training and the held-out pairs. Says what was dropped, and why."""
+    rows = [row for source in config.data for row in data.read_rows(source)]
+    held_out = []
+    if isinstance(config.eval_data, float):
+        rows, held_out = data.hold_out(rows, config.eval_data)
+    elif config.eval_data:
+        held_out = data.read_rows(config.eval_data)
+
+    encoded = []
+    for name, some in (("training", rows), ("held-out", held_out)):
+        pairs, dropped = data.encode(some, tokenizer, config.template, config.instruction, config.span,
+                                     config.max_length) if some else ([], {})
+        encoded.append(pairs)
+        if some:
+            too_long = f"longer than --max-length {config.max_length}"
+            print0(f"{name:11s} {len(pairs):,} pairs, {len(dropped.setdefault(too_long, [])):,} dropped as "
+                   f"{too_long}")
+        for reason, places in dropped.items():
+            if places:
+                print0(f"{'':11s} dropped {len(places):,}: {reason} (first: {', '.join(places[:3])})")
+    return encoded[0], encoded[1]
 
 
 def fill_budget(config: Config, pairs: list[Pair]) -> Config:
@@ -407,19 +421,19 @@ def fill_budget(config: Config, pairs: list[Pair]) -> Config:
     return Config(**{**vars(config), "tokens_per_micro_batch": budget})
 
 
-def reference_pass(folder: str, pairs: list[Pair], held_out: list[Pair], plan: list, tokenizer: Any,
+def reference_pass(folder: str, pairs: list[Pair], held_out: list[Pair], steps: int, tokenizer: Any,
                    config: Config) -> tuple[Policy, Tensor, Tensor]:
     """The policy, checked, and the reference log-probabilities of training and held-out pairs, (2, N) each.
 
     The reference is the model before training, so the policy itself computes them; nothing else is kept of
     it. With --reference another model does, which is then put away.
     """
-    reference_folder = resolve(config.reference) if config.reference else folder
+    reference_folder = storage.resolve(config.reference) if config.reference else folder
     if config.reference and data.read_tokenizer(reference_folder).get_vocab() != tokenizer.get_vocab():
         raise InputError(f"--reference {config.reference}: its vocabulary is not that of {config.model}")
 
     policy = build(reference_folder, config)
-    describe(policy, pairs, plan, tokenizer, config)
+    describe(policy, pairs, steps, tokenizer, config)
     self_check(policy, reference_folder, pairs, held_out, config)
     reference = reference_logps(policy, reference_folder, "training", pairs, config)
     held_out_reference = reference_logps(policy, reference_folder, "held-out", held_out, config)
@@ -432,18 +446,19 @@ def reference_pass(folder: str, pairs: list[Pair], held_out: list[Pair], plan: l
     return policy, reference, held_out_reference
 
 
-def describe(policy: Policy, pairs: list[Pair], plan: list, tokenizer: Any, config: Config) -> None:
+def describe(policy: Policy, pairs: list[Pair], steps: int, tokenizer: Any, config: Config) -> None:
     """Say what will happen, so that a wrong template is seen before hours are spent."""
     parameters = sum(parameter.numel() for parameter in policy.parameters())
     prefix, chosen, rejected = (sum(len(pair[i]) for pair in pairs) / len(pairs) for i in range(3))
     saved = prefix / (2 * prefix + chosen + rejected)
+    per_step = len(pairs) / data.steps_per_epoch(len(pairs), config.batch_size)
     saves = "saves" if config.share_prefix else "would save"
     print0(f"model       {config.model}: {policy.name}, {parameters / 1e6:,.1f}M parameters",
            f"processes   {dist.get_world_size()} x {device_name()}, compute in {config.dtype}, "
            "master weights in float32",
            f"lengths     prefix {prefix:.0f}, chosen {chosen:.0f}, rejected {rejected:.0f} tokens on "
            f"average; sharing the prefix {saves} {saved:.0%} of all tokens",
-           f"steps       {len(plan)} optimizer steps of about {len(plan[0])} pairs, "
+           f"steps       {steps} optimizer steps of about {per_step:.0f} pairs, "
            f"{config.tokens_per_micro_batch} tokens per micro-batch",
            f"example     {pairs[0].where}, the trained tokens in [[...]]:",
            *(f"    | {line}" for line in data.marked_text(pairs[0], tokenizer).splitlines()))
@@ -458,7 +473,12 @@ def self_check(policy: Policy, folder: str, pairs: list[Pair], held_out: list[Pa
     """
     # An index out of range is a device assert on CUDA, and no message.
     embeddings = policy.model.get_input_embeddings().num_embeddings
+    limit = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     for pair in pairs + held_out:
+        length = len(pair.prefix) + max(len(pair.chosen), len(pair.rejected))
+        if length > limit:
+            raise InputError(f"{pair.where}: has {length} tokens, but {folder} is made for {limit} "
+                             "(max_position_embeddings); lower --max-length")
         largest = max(pair.prefix + pair.chosen + pair.rejected)
         if largest >= embeddings:
             raise InputError(f"{pair.where}: has token {largest}, but {folder} has {embeddings} embeddings; "
@@ -466,7 +486,7 @@ def self_check(policy: Policy, folder: str, pairs: list[Pair], held_out: list[Pa
 
     by_length = sorted(pairs, key=lambda pair: pair.tokens(config.share_prefix))
     sample = [by_length[-1], by_length[0]]  # the longest meets the windows; two show that pairs are separate
-    with reading(folder):  # what the model says if it cannot run on the library's sdpa
+    with storage.reading(folder):  # what the model says if it cannot run on the library's sdpa
         packed = policy(data.pack(sample, config.share_prefix).to(local_device()))  # (2, 2)
         differences = []
         for pair, logps in zip(sample, packed.T, strict=True):
@@ -491,58 +511,28 @@ def reference_logps(policy: Policy, folder: str, name: str, pairs: Sequence[Pair
     """
     if not pairs:
         return torch.empty(2, 0)
-    files = weight_files(folder)
     # Large tensors are only sampled, so the time of writing counts: a model retrained in place is another.
-    written = [os.stat(os.path.join(folder, file)).st_mtime_ns for file in files]
-    key = data.content_key(
-        data.model_identity(folder), str(written), data.fingerprint(pairs), config.dtype,
+    written = [os.stat(f"{folder}/{file}").st_mtime_ns for file in storage.weight_files(folder)]
+    key = files.content_key(
+        storage.model_identity(folder), str(written), data.fingerprint(pairs), config.dtype,
         str(config.share_prefix), local_device().type, torch.__version__, transformers.__version__)
     cache = os.environ.get("STEPDPO_CACHE") or os.path.expanduser("~/.cache/stepdpo")
     path = os.path.join(cache, f"{key}.safetensors")
 
     is_reader = dist.get_rank() == 0  # rank 0 alone reads and writes: other nodes may have other disks
-    found = [load_file(path)["logps"] if is_reader and os.path.exists(path) else None]
+    found = [storage.read_cached(path, (2, len(pairs))) if is_reader else None]
     dist.broadcast_object_list(found)
     if found[0] is not None:
         print0(f"reference   log-probabilities of {name} pairs read from {path}")
         return found[0].to(local_device())
 
     logps = all_logps(policy, pairs, config, f"reference ({name})")
-    if is_reader:
-        os.makedirs(cache, exist_ok=True)
-        save_file({"logps": logps.cpu()}, f"{path}.{os.getpid()}")
-        os.replace(f"{path}.{os.getpid()}", path)
-    print0(f"reference   log-probabilities of {name} pairs computed, kept in {path}")
+    kept = not is_reader or storage.write_cached(path, logps)
+    print0(f"reference   log-probabilities of {name} pairs computed" + (f", kept in {path}" if kept else ""))
     return logps
 
 
-# --------------------------------------------------------------------- building, sharding, loading, exporting
-
-
-def resolve(name: str) -> str:
-    """A local folder, or the hub model of that name brought to this machine."""
-    if os.path.isdir(name):
-        return name
-    from huggingface_hub import snapshot_download
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    try:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            snapshot_download(name, allow_patterns=wanted)
-        dist.barrier()
-        return snapshot_download(name, allow_patterns=wanted, local_files_only=True)
-    except Exception as error:  # the hub's client has a large family of errors of its own
-        raise InputError(f"{name}: no such folder, and not to be had from the hub ({error})") from None
-
-
-@contextmanager
-def reading(folder: str) -> Iterator[None]:
-    """Turns what the libraries say about a bad model folder into an error that names the folder."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-        raise InputError(f"{folder}: {error}") from None
+# -------------------------------------------------------------------------------------- building and sharding
 
 
 def build(folder: str, config: Config) -> Policy:
@@ -551,20 +541,20 @@ def build(folder: str, config: Config) -> Policy:
     It is built on the meta device, where parameters take no memory, then sharded, and only then do the shards
     get memory and numbers: no rank ever holds the whole model.
     """
-    with reading(folder):
-        hf_config = transformers.AutoConfig.from_pretrained(folder)
+    with storage.reading(folder):
+        hf_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         try:
             with torch.device("meta"):
                 model = transformers.AutoModelForCausalLM.from_config(
-                    hf_config, dtype=torch.float32, attn_implementation="segments")
+                    hf_config, dtype=torch.float32, attn_implementation="segments", trust_remote_code=False)
         except KeyError as error:  # it looks its attention class up by that name
             raise InputError(f"{folder}: the attention of {hf_config.model_type} models cannot be replaced "
                              f"({error}): it is not supported") from None
     policy = Policy(model).eval()
     compute_buffers(model)
     shard(policy, config)
-    with reading(folder):
-        load(policy, folder)
+    with storage.reading(folder):
+        storage.load(policy, folder)
     return policy
 
 
@@ -625,216 +615,74 @@ def shard(policy: Policy, config: Config) -> None:
         head.weight = embedding.weight  # _apply has made two of one
 
 
-def weight_files(folder: str) -> dict[str, list[str]]:
-    """Safetensors file, as a path inside the model folder -> the names of its tensors. Sorted."""
-    single, index = f"{folder}/model.safetensors", f"{folder}/model.safetensors.index.json"
-    if not os.path.exists(index):
-        if not os.path.exists(single):
-            raise InputError(f"{folder}: has no model.safetensors(.index.json); "
-                             "only safetensors weights are loaded")
-        with safe_open(single, "pt") as file:
-            return {"model.safetensors": sorted(file.keys())}
-
-    files: dict[str, list[str]] = {}
-    weight_map = data.parse_json(index, data.read_bytes(index))["weight_map"]
-    for name, path in sorted(weight_map.items(), key=lambda item: item[::-1]):
-        if os.path.isabs(path) or os.pardir in path.split("/"):
-            raise InputError(f"{index}: {path!r} must be a file inside that folder")
-        files.setdefault(path, []).append(name)
-    return files
+# ------------------------------------------------------------------------------------------ the output folder
 
 
-@torch.no_grad()
-def load(policy: Policy, folder: str) -> None:
-    """Fill the shards: each rank reads only its own rows of each tensor.
-
-    Raises InputError if the tensors in the folder are not, one to one, those of the model.
-    """
-    files, tensors = weight_files(folder), policy.model.state_dict(keep_vars=True)
-    stored = [name for names in files.values() for name in names]
-    filled = {tensors[name] for name in stored if name in tensors}  # tied: stored once or twice
-    missing = [name for name, tensor in tensors.items() if tensor not in filled]
-    unknown = [name for name in stored if name not in tensors and not name.endswith("inv_freq")]  # recomputed
-    if missing or unknown:
-        raise InputError(f"{folder}: its tensors are not one to one those of {policy.name}, which is not "
-                         f"supported (missing: {missing[:3]}, left over: {unknown[:3]})")
-
-    bar = tqdm(total=len(stored), desc="loading", unit="tensor", disable=dist.get_rank() > 0, leave=False)
-    for path, names in files.items():
-        with safe_open(f"{folder}/{path}", "pt") as file:
-            for name in names:
-                if name in tensors:
-                    fill(tensors[name], file.get_slice(name), f"{folder}/{path}: {name}")
-                bar.update()
-    bar.close()
-
-
-def fill(tensor: Tensor, stored: Any, where: str) -> None:
-    """Copy a stored tensor, or of a sharded one this rank's rows."""
-    if stored.get_shape() != list(tensor.shape):
-        raise InputError(f"{where} must be {[*tensor.shape]}, got {stored.get_shape()}")
-    if not isinstance(tensor, DTensor):
-        tensor.copy_(stored[...])
-        return
-    rows = math.ceil(len(tensor) / dist.get_world_size())  # FSDP cuts dimension 0 like torch.chunk
-    start = min(dist.get_rank() * rows, len(tensor))
-    tensor.to_local().copy_(stored[start:start + rows])
-
-
-@torch.no_grad()
-def export(policy: Policy, source: str, folder: str) -> None:
-    """Write the folder `source` again with the trained numbers in it: same files, names and dtypes, so
-    whatever loads one loads the other. Complete or absent, never half."""
-    tensors, is_writer, unfinished = policy.model.state_dict(), dist.get_rank() == 0, f"{folder}.tmp"
-    if is_writer:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        os.makedirs(unfinished)
-        for name in os.listdir(source):  # configuration, tokenizer, chat template: byte for byte
-            if name.endswith((".json", ".jinja", ".txt", ".model")):
-                shutil.copy(f"{source}/{name}", unfinished)
-
-    files = weight_files(source)
-    for path in tqdm(files, desc="exporting", unit="file", disable=not is_writer, leave=False):
-        trained = {}
-        with safe_open(f"{source}/{path}", "pt") as before:
-            for name in files[path]:
-                if name not in tensors:
-                    trained[name] = before.get_tensor(name)
-                    continue
-                # Gathered by all ranks together; only one keeps it.
-                whole = tensors[name].full_tensor() if isinstance(tensors[name], DTensor) else tensors[name]
-                if is_writer:
-                    trained[name] = whole.to("cpu", before.get_slice(name)[:0].dtype, copy=True)
-        if is_writer:
-            os.makedirs(os.path.dirname(f"{unfinished}/{path}"), exist_ok=True)
-            save_file(trained, f"{unfinished}/{path}", metadata={"format": "pt"})
-            shutil.copymode(f"{source}/{path}", f"{unfinished}/{path}")  # else only their owner can read them
-
-    if is_writer:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(unfinished, folder)
-    dist.barrier()
-
-
-# -------------------------------------------------------------------------------------- checkpoints and files
-
-
-def is_finished(config: Config) -> bool:
-    """Whether --resume finds the run already done. Raises InputError if a run would be overwritten."""
+def start_or_resume(policy: Policy, optimizer: torch.optim.Optimizer, identity: dict[str, Any], steps: int,
+                    config: Config) -> int:
+    """Load the newest checkpoint, if there is one, and write run.json. Returns the optimizer steps done."""
     out = config.output_dir
-    if os.path.exists(out) and not os.path.isdir(out):
-        raise InputError(f"--output-dir {out}: is not a folder")
-    if os.path.exists(f"{out}/metrics.jsonl") and not config.resume:
-        raise InputError(f"{out}: already holds a run; continue it with --resume "
-                         "or choose another --output-dir")
-    return config.resume and os.path.isdir(f"{out}/model")
-
-
-def start_or_resume(policy: Policy, optimizer: torch.optim.Optimizer, folder: str, pairs: list[Pair],
-                    plan: list, config: Config) -> int:
-    """Load the checkpoint with --resume, and write run.json. Returns the optimizer steps already done."""
-    content = {"data": data.fingerprint(pairs), "model": data.model_identity(folder)}
-    identity = {"config": vars(config), "content": content}
-    first = resume(policy, optimizer, identity, config.output_dir) if config.resume else 0
+    first, metrics = storage.load_checkpoint(policy, optimizer, f"{out}/checkpoints")
     if dist.get_rank() == 0:
         packages = ("torch", "triton", "transformers", "safetensors", "numpy")
-        record = {**identity, "optimizer_steps": len(plan), "processes": dist.get_world_size(),
+        record = {**identity, "optimizer_steps": steps, "processes": dist.get_world_size(),
                   "device": device_name(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                   "versions": {package: version(package) for package in packages}}
-        os.makedirs(config.output_dir, exist_ok=True)
-        data.write_atomically(f"{config.output_dir}/run.json", json.dumps(record, indent=2) + "\n")
+        files.write_atomically(f"{out}/run.json", json.dumps(record, indent=2) + "\n")
+        files.write_atomically(f"{out}/metrics.jsonl", metrics)  # what came after the checkpoint comes again
+    if first:
+        print0(f"resuming    after optimizer step {first}")
     return first
 
 
-def resume(policy: Policy, optimizer: torch.optim.Optimizer, identity: dict[str, Any], out: str) -> int:
-    """Load the newest checkpoint and forget the metrics after it. Returns the optimizer steps it has seen.
+@contextmanager
+def noticing_stop_signals() -> Iterator[list[int]]:
+    """SIGTERM, as a preempted job gets, and Ctrl-C end up in the list, and the step comes to its end."""
+    asked: list[int] = []
 
-    Raises InputError if there is none, or if a flag or the data that the result depends on has changed.
-    """
-    folder = f"{out}/checkpoints"
-    present = os.listdir(folder) if os.path.isdir(folder) else []
-    names = sorted(name for name in present if re.fullmatch(r"step-\d+", name))
-    if not names:
-        raise InputError(f"--resume: no checkpoint in {folder}; "
-                         "start without --resume in another --output-dir")
-    refuse_changes(identity, out)
+    def ask(number: int, frame: Any) -> None:
+        asked.append(number)
+        if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun sends it twice
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # the second Ctrl-C does not wait
 
-    # Loaded into the very tensors, sharded as they are now: any number of ranks may go on.
-    model_state, optimizer_state = get_state_dict(policy, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=f"{folder}/{names[-1]}")
-    set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    step = int(names[-1].removeprefix("step-"))
-
-    if dist.get_rank() == 0:
-        with open(f"{out}/metrics.jsonl") as file:
-            complete = [line for line in file if line.endswith("\n")]  # kill -9 may have torn the last one
-        kept = [line for line in complete if json.loads(line)["step"] < step]
-        data.write_atomically(f"{out}/metrics.jsonl", "".join(kept))
-    print0(f"resuming    after optimizer step {step}")
-    return step
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def refuse_changes(identity: dict[str, Any], out: str) -> None:
-    """Raise InputError if the run in folder `out` was started with other flags, data or model."""
-    free = ("resume", "output_dir", "test_problems", "tokens_per_micro_batch", "eval_every", "save_every",
-            "share_prefix", "activation_checkpointing", "offload", "compile")  # the result stays the same
-    with open(f"{out}/run.json") as file:
-        before = json.load(file)
-    changed = []
-    for name, value in identity["config"].items():
-        was = before["config"].get(name)
-        if name not in free and was != value:
-            changed.append(f"--{name.replace('_', '-')} {was} -> {value}")
-    for name, value in identity["content"].items():
-        if before["content"][name] != value:
-            changed.append(f"content of --{name}")
-    if changed:
-        raise InputError(f"--resume: {out} was started with another {', '.join(changed)}")
-
-
-def save_if_due(policy: Policy, optimizer: torch.optim.Optimizer, done: int, steps: int, stop_asked: list,
-                config: Config) -> None:
+def save_if_due(policy: Policy, optimizer: torch.optim.Optimizer, done: int, steps: int,
+                stop_asked: list[int], config: Config) -> None:
     """Save every --save-every optimizer steps, and if any rank was asked to stop; that ends the run here."""
     # The signal may reach the ranks between different steps, but all must save the same one.
-    asked = torch.tensor(len(stop_asked), device=local_device())
-    dist.all_reduce(asked)
+    asked = torch.tensor(max(stop_asked, default=0), device=local_device())
+    dist.all_reduce(asked, dist.ReduceOp.MAX)
     is_last = done == steps
     stopping = asked.item() > 0 and not is_last
 
     # The last step is saved too, because the export may find the disk full.
     if stopping or config.save_every and (is_last or done % config.save_every == 0):
-        save(policy, optimizer, f"{config.output_dir}/checkpoints", done)
+        path = f"{config.output_dir}/metrics.jsonl"
+        storage.save_checkpoint(policy, optimizer, f"{config.output_dir}/checkpoints", done,
+                                files.read_bytes(path).decode() if dist.get_rank() == 0 else "")
     if stopping:
         print0(f"stopped     after optimizer step {done} of {steps}; "
                "the same command with --resume continues")
-        sys.exit(128 + signal.SIGTERM)
-
-
-def save(policy: Policy, optimizer: torch.optim.Optimizer, folder: str, step: int) -> None:
-    """A sharded checkpoint, complete or absent; those before are removed after it."""
-    # Written under another name first: what is called step-N is complete.
-    older, path = os.listdir(folder) if os.path.isdir(folder) else [], f"{folder}/step-{step:06d}"
-    model_state, optimizer_state = get_state_dict(policy, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=f"{path}.tmp")
-    if dist.get_rank() == 0:
-        os.rename(f"{path}.tmp", path)
-        for name in older:  # also what a killed run left as step-N.tmp; this step's is renamed by now
-            shutil.rmtree(f"{folder}/{name}", ignore_errors=True)
-    dist.barrier()
+        sys.exit(128 + int(asked))
 
 
 def log(config: Config, line: dict[str, float]) -> None:
     """Add a line to metrics.jsonl."""
     if dist.get_rank() == 0:
-        with open(f"{config.output_dir}/metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        files.add_lines(f"{config.output_dir}/metrics.jsonl", json.dumps(line, allow_nan=False) + "\n")
 
 
 # ---------------------------------------------------------------------------------------- processes and flags
 
 
-def start_processes() -> None:
+def start_processes(minutes: float = 30) -> None:
     """Join the process group that torchrun describes, or be a group of one."""
     cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", "0"))
     if cuda and local_rank >= torch.cuda.device_count():
@@ -845,7 +693,8 @@ def start_processes() -> None:
     # gloo too on CUDA: with --offload the gradients, whose norm is needed, are in CPU memory.
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                                timeout=timedelta(minutes=minutes), **alone)
 
 
 def local_device() -> torch.device:
@@ -860,13 +709,14 @@ def device_name() -> str:
 
 def parse(argv: Sequence[str] | None = None) -> Config:
     """The flags. The defaults are the paper's, where the paper has the thing."""
-    parser = data.Parser("stepdpo.py", description=__doc__, epilog=(
+    parser = files.Parser("stepdpo.py", description=__doc__, epilog=(
         "@FILE reads flags from FILE, written as on the command line; # starts a comment."))
     switch, cuda = argparse.BooleanOptionalAction, torch.cuda.is_available()
 
     add = parser.add_argument_group("model and data").add_argument
     add("--model", type=TEXT, required=True, help="to train: a folder with safetensors, or hub name")
-    add("--data", type=TEXT, required=True, help="step pairs: .jsonl, .json, .parquet or a hub dataset")
+    add("--data", type=TEXT, nargs="+", required=True, metavar="FILE",
+        help="step pairs: .jsonl, .json, .parquet files or hub datasets")
     add("--output-dir", type=TEXT, required=True, help="for metrics.jsonl, run.json, checkpoints/, model/")
     add("--reference", help="reference model [the model itself before training]")
     add("--span", choices=data.SPANS, default="step", help="one step, or whole solutions: plain DPO [step]")
@@ -878,7 +728,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     add("--beta", type=POSITIVE_FLOAT, default=0.4,
         help="strength of the pull towards the reference; paper: 0.4, and 0.5 for 72B [0.4]")
     add("--learning-rate", type=POSITIVE_FLOAT, default=5e-7, help="at its peak; then cosine to 0 [5e-7]")
-    add("--warmup-ratio", type=FLOAT, default=0.1, help="share of optimizer steps in which it rises [0.1]")
+    add("--warmup-ratio", type=SHARE, default=0.1, help="share of optimizer steps in which it rises [0.1]")
     add("--batch-size", type=POSITIVE_INT, default=128, help="pairs per optimizer step of all ranks [128]")
     add("--epochs", type=POSITIVE_INT, default=8, help="passes over the pairs; paper: 8, above 30B 4 [8]")
     add("--max-steps", type=INT, default=0, help="end the schedule after so many optimizer steps [no limit]")
@@ -886,12 +736,14 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     add("--seed", type=INT, default=0, help="of the order of the pairs [0]")
 
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
-    add("--eval-data", help="held-out step pairs: the same metrics, no training")
+    add("--eval-data", type=source_or_share, metavar="FILE",
+        help="held-out step pairs: the same metrics, no training; 0.05 holds out pairs of so many problems")
     add("--eval-every", type=POSITIVE_INT, default=50, help="optimizer steps between evaluations [50]")
     add("--test-problems", help="held-out problems with answers: at the end, greedy accuracy before and "
         "after, in answers of at most --max-length tokens; each process holds a whole model for it")
     add("--save-every", type=INT, default=0, help="optimizer steps between checkpoints [only at SIGTERM]")
-    add("--resume", action=switch, default=False, help="continue from the checkpoint in --output-dir")
+    add("--resume", action=switch, default=False, help="continue from the last checkpoint in --output-dir, "
+        "or from the start if there is none")
 
     add = parser.add_argument_group("memory and speed: the result stays the same").add_argument
     add("--tokens-per-micro-batch", type=POSITIVE_INT,
@@ -903,26 +755,39 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     add("--compile", action=switch, default=False, help="torch.compile each decoder layer")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16" if cuda else "float32",
         help="compute type; master weights are float32 [bfloat16 on CUDA, else float32]")
+    add("--timeout", type=POSITIVE_FLOAT, default=30.0,
+        help="minutes that processes wait for each other before they give up [30]")
     return parser.parse_args(argv)
+
+
+def source_or_share(text: str) -> str | float:
+    """Of --eval-data: a number, where no file is called that, is a share of the training data."""
+    try:
+        share = float(text)
+    except ValueError:
+        return TEXT(text)
+    if os.path.exists(text):
+        return text
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"must be a file or above 0 and below 1, got {text}")
+    return share
+
+
+def run(config: Config) -> None:
+    """Train, and with --test-problems compare the model before and after."""
+    if config.test_problems:
+        from pairs.problems import read_problems
+        read_problems(config.test_problems)  # what is wrong with them must not show only at the end
+    train(config)
+    if config.test_problems:
+        from pairs.stages import report_gain
+        gc.collect()  # the trained model stands in reference cycles
+        report_gain(storage.resolve(config.model), f"{config.output_dir}/model", config)
 
 
 def main() -> None:
     config = parse()
-    try:
-        if config.test_problems:
-            from pairs.problems import read_problems
-            read_problems(config.test_problems)  # what is wrong with them must not show only at the end
-        train(config)
-        if config.test_problems:
-            from pairs.stages import report_gain
-            gc.collect()  # the trained model stands in reference cycles
-            report_gain(resolve(config.model), f"{config.output_dir}/model", config)
-    except InputError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each node: they may have different files
-            print(f"stepdpo.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        data.leave_process_group()
+    files.run_command("stepdpo.py", partial(run, config))
 
 
 if __name__ == "__main__":

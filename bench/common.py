@@ -69,7 +69,7 @@ def announced_environment() -> dict[str, Any]:
 
 
 def write(path: str, result: dict[str, Any]) -> None:
-    from data import write_atomically
+    from files import write_atomically
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     write_atomically(path, json.dumps(result, indent=1) + "\n")
     print(f"\nwrote {path}")

@@ -89,7 +89,7 @@ def run_ours(spec: dict) -> dict:
             yield indices, batch
 
     stepdpo.micro_batches = counting
-    stepdpo.export = lambda *_: None  # not a part of any step
+    getattr(stepdpo, "storage", stepdpo).export = lambda *_: None  # not a part of any step
     out = os.path.join(spec["folder"], "out")
     stepdpo.train(stepdpo.parse(["--model", spec["model"], "--data", spec["data"], "--output-dir", out,
                                  *spec["common"], *spec["flags"]]))
@@ -142,8 +142,9 @@ def run_trl(spec: dict) -> dict:
                             *spec["common"]])
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
     pairs = encode(tokenizer, spec["data"])
-    plan = data.schedule(len(pairs), config.batch_size, config.epochs, config.seed)
-    order = [pairs[i] for indices in plan for i in indices]
+    steps = config.epochs * data.steps_per_epoch(len(pairs), config.batch_size)
+    order = [pairs[i] for step in range(steps)
+             for i in data.indices_of_step(step, len(pairs), config.batch_size, config.seed)]
     rows = [{"prompt_ids": pair.prefix, "chosen_ids": pair.chosen, "rejected_ids": pair.rejected}
             for pair in order]
     record = {"tokens": 0, "trained": 0, "seconds": []}

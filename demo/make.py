@@ -22,7 +22,6 @@ import argparse
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 
@@ -258,7 +257,8 @@ def main() -> None:
         return
 
     work, out = os.path.abspath(args.work), os.path.abspath(args.out)
-    shutil.rmtree(work, ignore_errors=True)  # or the stages would go on from what they find there
+    if os.path.exists(work):  # the stages would go on from what they find there
+        sys.exit(f"make: {work} is there already; remove it, or choose another --work")
     os.makedirs(work)
     os.makedirs(out, exist_ok=True)
     taught = [{"question": row["prompt"], "answer": worked(row)} for row in sets["train"]]

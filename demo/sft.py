@@ -37,6 +37,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data  # noqa: E402
+from files import INT, POSITIVE_FLOAT, POSITIVE_INT  # noqa: E402
 
 
 class Example(NamedTuple):
@@ -174,13 +175,13 @@ def main() -> None:
     add("--out", required=True, help="folder to write the trained model to")
     add("--rows", type=python_slice, default=slice(None), help="a Python slice; ':-500': not the last 500")
     add("--instruction", help="text after the question, '' for none [the chat template's of data.py]")
-    add("--epochs", type=data.POSITIVE_FLOAT, default=1.0, help="passes over the rows, also fractions [1]")
-    add("--learning-rate", type=data.POSITIVE_FLOAT, default=1e-4, help="peak of the cosine schedule [1e-4]")
-    add("--batch-size", type=data.POSITIVE_INT, default=16, help="rows per optimizer step [16]")
-    add("--max-tokens", type=data.POSITIVE_INT, default=1024, help="leave out longer rows, counted [1024]")
+    add("--epochs", type=POSITIVE_FLOAT, default=1.0, help="passes over the rows, also fractions [1]")
+    add("--learning-rate", type=POSITIVE_FLOAT, default=1e-4, help="peak of the cosine schedule [1e-4]")
+    add("--batch-size", type=POSITIVE_INT, default=16, help="rows per optimizer step [16]")
+    add("--max-tokens", type=POSITIVE_INT, default=1024, help="leave out longer rows, counted [1024]")
     add("--dtype", choices=("fp32", "bf16"), default="fp32",
         help="arithmetic of forward and backward; the weights and AdamW stay fp32 [fp32]")
-    add("--seed", type=data.INT, default=0, help="of the order of the rows [0]")
+    add("--seed", type=INT, default=0, help="of the order of the rows [0]")
     add("--minutes", type=float, default=math.inf,
         help="stop after this long; the schedule then follows the clock if that is faster [never]")
     add("--save-minutes", type=float, default=15, help="write --out so often, and at the end [15]")

@@ -12,24 +12,25 @@ thresholds may change, and use the same samples.
 import argparse
 import dataclasses
 import os
-import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch.distributed as dist
 
-from data import (
+from data import TEMPLATES
+from files import (
     FLOAT,
     INT,
     POSITIVE_FLOAT,
     POSITIVE_INT,
-    TEMPLATES,
     TEXT,
+    URL,
     InputError,
     Parser,
     checked,
-    leave_process_group,
     print0,
+    run_command,
 )
 
 from .judge import Judge
@@ -37,7 +38,7 @@ from .problems import FORMATS, STEP_PREFIX, read_problems
 from .sampling import Samples, Settings
 from .stages import build, solve
 
-SHARE = checked(float, lambda x: 0 < x <= 1, "above 0, at most 1")
+PART = checked(float, lambda x: 0 < x <= 1, "above 0, at most 1")
 SWITCH = argparse.BooleanOptionalAction
 
 
@@ -67,7 +68,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("sampling").add_argument
     add("--temperature", type=FLOAT, default=Settings.temperature, help="0 takes the likeliest token [0.8]")
-    add("--top-p", type=SHARE, default=Settings.top_p,
+    add("--top-p", type=PART, default=Settings.top_p,
         help="sample among the likeliest tokens that together have this probability [0.95]")
     add("--max-new-tokens", type=POSITIVE_INT, default=Settings.max_new_tokens,
         help="tokens of a continuation at most; what is longer is cut off and counted [2048]")
@@ -76,7 +77,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("bfloat16", "float32"), help="[bfloat16 on CUDA, else float32]")
     add("--batch-tokens", type=INT, default=Settings.batch_tokens,
         help="samples x (prompt + --max-new-tokens) per batch: sets memory [131072 on CUDA, else 16384]")
-    add("--server", help="address of an OpenAI-compatible server (vLLM, SGLang) to sample on [this process]")
+    add("--server", type=URL,
+        help="address of an OpenAI-compatible server (vLLM, SGLang) to sample on [this process]")
     add("--server-model", help="the model's name there")
     add("--concurrency", type=POSITIVE_INT, default=Settings.concurrency,
         help="requests that a server has to answer at the same time [64]")
@@ -109,7 +111,7 @@ def add_stage_flags(parser: argparse.ArgumentParser) -> None:
     add("--per-problem", type=POSITIVE_INT, default=4, help="wrong solutions searched, and pairs made [4]")
 
     add = parser.add_argument_group("judge").add_argument
-    add("--judge-url", help="OpenAI-compatible server; its key is read from OPENAI_API_KEY")
+    add("--judge-url", type=URL, help="OpenAI-compatible server; its key is read from OPENAI_API_KEY")
     add("--judge-model", help="the judge's name there")
 
 
@@ -151,15 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     if "RANK" in os.environ:  # set by torchrun
         dist.init_process_group("gloo")
-    try:
-        run(args)
-    except InputError as error:
-        sys.exit(f"pairs {args.command}: {error}")
-    except KeyboardInterrupt:
-        print(f"\nstopped; the same command continues from what is in {args.out}", file=sys.stderr)
-        os._exit(130)  # at once: a normal exit would wait for requests in flight
-    finally:
-        leave_process_group()
+    run_command(f"pairs {args.command}", partial(run, args))
 
 
 if __name__ == "__main__":

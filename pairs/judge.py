@@ -2,7 +2,7 @@
 
 import re
 
-from data import content_key
+from files import content_key
 
 from .problems import Problem
 from .sampling import Cache

@@ -12,7 +12,8 @@ import os
 import re
 from typing import NamedTuple
 
-from data import InputError, content_key, read_rows
+from data import read_rows
+from files import InputError, content_key
 
 from .grading import extract_answer
 

@@ -6,7 +6,6 @@ So a run that was stopped at any point runs again from its start, and finds all 
 """
 
 import datetime
-import fcntl
 import glob
 import json
 import os
@@ -24,16 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from data import (
-    InputError,
-    content_key,
-    model_identity,
-    open_turn,
-    parse_json,
-    read_bytes,
-    read_tokenizer,
-    tokenize,
-)
+from data import open_turn, read_tokenizer, tokenize
+from files import InputError, content_key, lock, parse_json, read_bytes, writing
+from storage import model_identity
 
 from .grading import extract_answer, is_correct
 from .problems import Problem
@@ -98,12 +90,7 @@ class Cache:
         stem = path.removesuffix(".jsonl")
         own = path if self.rank == 0 else f"{stem}.rank{self.rank}.jsonl"
 
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        self.file = open(own, "a+b")  # for as long as the cache: closing it would give up the lock
-        try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{own}: another process writes to it; is this command running?") from None
+        self.file = lock(own)  # for as long as the cache: closing it would give up the lock
         self.file.seek(0)
         complete = self._take_in(own, self.file.read(), settings)
         for other in (path, *sorted(glob.glob(f"{glob.escape(stem)}.rank*.jsonl"))):
@@ -132,9 +119,10 @@ class Cache:
         return length
 
     def _write(self, rows: list[dict]) -> None:
-        self.file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        with writing(self.file.name):
+            self.file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+            self.file.flush()
+            os.fsync(self.file.fileno())
 
     def _gathered(self, thing: Any) -> list:
         """What each rank gives here. Collective."""

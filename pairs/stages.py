@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
-from data import InputError, print0, read_rows, write_atomically
+from data import read_rows
+from files import InputError, add_lines, print0, write_atomically
 
 from .grading import paired_gain, wilson_interval
 from .judge import Judge
@@ -377,8 +378,7 @@ def write_rows(path: str, rows: list[dict], mode: str = "w") -> None:
     if mode == "w":
         write_atomically(path, text)
     elif rows:
-        with open(path, mode, encoding="utf-8") as file:
-            file.write(text)
+        add_lines(path, text)
 
 
 def report_counts(solutions: int, wrong: list[Wrong], args: Namespace) -> None:

@@ -1,0 +1,234 @@
+"""What the trainer (stepdpo.py) and the making of pairs (pairs/) share: errors that are one line, files that
+are there completely or not at all, and flags.
+
+Three rules stand behind what is here. Bad input is an `InputError` that says where and what to do; a command
+prints it as its last line. Nothing is removed or replaced but what was written here. And what is read is
+data, never code: no pickles, no code that comes with a model.
+"""
+
+import argparse
+import ctypes
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import safetensors
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+class InputError(ValueError):
+    """Bad input: the message says where and what to do. The command lines print it without a stack trace."""
+
+
+# -------------------------------------------------------------------------------------- the life of a command
+
+
+def print0(*lines: str) -> None:
+    """Print on rank 0 only, without tearing a progress bar."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write("\n".join(lines))
+        sys.stdout.flush()
+
+
+def progress(things: Any, desc: str, **options) -> tqdm:
+    """A progress bar that is gone when the work is done, on rank 0 only."""
+    return tqdm(things, desc=desc, leave=False, disable=os.environ.get("RANK", "0") != "0", **options)
+
+
+def run_command(name: str, command: Callable[[], None]) -> None:
+    """Run a program, and end it: bad input, a full disk and Ctrl-C are one line, not a stack trace."""
+    message, status = "", 0
+    try:
+        end_with_torchrun()
+        command()
+    except InputError as error:
+        message, status = f"error: {error}", 2
+    except KeyboardInterrupt:
+        message, status = "stopped by Ctrl-C; the same command goes on from what is on disk", 130
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        message, status = f"error: {where}{error.strerror or error}", 2
+    except RuntimeError as error:
+        if not re.search("timed out|connection (closed|reset)", str(error), re.I):
+            raise
+        message, status = f"error: waited in vain for another process: it hangs, or has ended ({error})", 2
+    finally:
+        leave_process_group()
+
+    # The exception is gone, and with it the frames that held progress bars: those are closed, and end in a
+    # line break. So the message is the last thing, on a line of its own.
+    if not message:
+        return
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        # Mostly all ranks meet the same mistake. Then rank 0 says it, and torchrun ends this one meanwhile.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
+    print(f"{name}: {message}", file=sys.stderr, flush=True)
+    os._exit(status) if status == 130 else sys.exit(status)  # at once: threads may wait for a server's reply
+
+
+def end_with_torchrun() -> None:
+    """Let the kernel end this process when torchrun is gone: it would write beside the next start."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def leave_process_group() -> None:
+    """The end of a program that torchrun may have started."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        # A thread of gloo may still hold the tensors of its last message, and needs Python to drop them:
+        # without this pause one run in fifty ended by SIGABRT, when all was done.
+        time.sleep(0.1)
+
+
+# ---------------------------------------------------------------------------------------- reading and writing
+
+
+def content_key(*parts: str) -> str:
+    """A name for some content: 64 bits of SHA-256, in hex."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def read_bytes(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read().removeprefix(b"\xef\xbb\xbf")  # the byte order mark of Windows' editors
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+
+
+def parse_json(where: str, text: bytes) -> Any:
+    try:
+        return json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        line = where if where[-1].isdigit() else f"{where}:{error.lineno}"
+        raise InputError(f"{line}: not valid JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise InputError(f"{where}: not a row: {error}") from None
+
+
+@contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Turns what goes wrong inside (a full disk, a folder that is read-only) into a line about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{path}: cannot be written: {error}") from None
+
+
+def write_atomically(path: str, text: str) -> None:
+    """Write a file so that it is there completely or not at all."""
+    # "x" follows no link that somebody put there, and the name cannot be guessed.
+    unfinished = f"{path}.{secrets.token_hex(4)}.unfinished"
+    with writing(path):
+        try:
+            with open(unfinished, "x", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        finally:
+            with suppress(OSError):
+                os.unlink(unfinished)
+
+
+def add_lines(path: str, text: str) -> None:
+    """Add to a file's end."""
+    with writing(path), open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def lock(path: str) -> Any:
+    """The file, made if needed, for one process alone as long as the returned object lives."""
+    with writing(path):
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        file = open(path, "a+b")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{path}: another process writes there; is this command running?") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be locked: {error.strerror}") from None
+    return file
+
+
+# ------------------------------------------------------------------------------------------------------ flags
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags with hyphens or underscores, never abbreviated; @FILE reads flags from a file, # is a comment."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def parse_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        try:
+            return super().parse_args(expand(words), namespace)
+        except InputError as error:
+            self.error(str(error))
+
+
+def expand(words: Sequence[str], files: tuple[str, ...] = ()) -> list[str]:
+    """The words, with those of FILE in the place of @FILE; `files` are those that it stands in."""
+    expanded = []
+    for word in words:
+        if not word.startswith("@"):
+            expanded.append(with_hyphens(word))
+            continue
+        path = word[1:]
+        if os.path.realpath(path) in files:
+            raise InputError(f"{path}: includes itself")
+        for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
+            try:
+                words_of_line = shlex.split(line.decode(), comments=True)
+            except ValueError as error:  # not text, or a quotation that does not end
+                raise InputError(f"{path}:{number}: {error}") from None
+            expanded += expand(words_of_line, (*files, os.path.realpath(path)))
+    return expanded
+
+
+def with_hyphens(word: str) -> str:
+    """--learning_rate=1 as --learning-rate=1; values stay as they are."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else word
+
+
+def checked(kind: type, holds: Callable[[Any], bool], must: str) -> Callable[[str], Any]:
+    """An argparse type: an int, float or str for which `holds` is true; else "must be ..."."""
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"must be {must}, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
+
+
+TEXT = checked(str, bool, "more than nothing")  # which an unset shell variable is
+POSITIVE_INT = checked(int, lambda x: x > 0, "above 0")
+POSITIVE_FLOAT = checked(float, lambda x: 0 < x < math.inf, "above 0")
+INT = checked(int, lambda x: x >= 0, "at least 0")
+FLOAT = checked(float, lambda x: 0 <= x < math.inf, "at least 0")
+SHARE = checked(float, lambda x: 0 <= x <= 1, "from 0 to 1")
+URL = checked(str, lambda x: re.match(r"https?://[^/\s]", x), "an address like http://localhost:8000")

@@ -1,0 +1,469 @@
+"""How numbers get from a disk into the shards of a model, and back: model folders, output folders,
+checkpoints, and the cache of reference log-probabilities.
+
+A model folder is read by all ranks at once, each only its own rows of each tensor, and written again file by
+file, so no rank ever holds a whole model. A checkpoint is one safetensors file for each rank and kind of
+number (weights and AdamW's two moments), and a state.json with their hashes:
+
+    checkpoints/step-000200/    weights.0.safetensors  exp_avg.0.safetensors  exp_avg_sq.0.safetensors
+                                weights.1.safetensors  ...                    state.json
+
+Any number of processes can go on from it. Nothing here is a pickle, which could run code when it is read.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import struct
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import safetensors
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from files import InputError, content_key, lock, parse_json, print0, read_bytes, write_atomically, writing
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+# ---------------------------------------------------------------------------------------------- model folders
+
+
+def resolve(name: str) -> str:
+    """A local folder, or the hub model of that name brought to this machine."""
+    if os.path.isdir(name):
+        return name
+    from huggingface_hub import snapshot_download
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            snapshot_download(name, allow_patterns=wanted)
+        if dist.is_initialized():
+            dist.barrier()
+        return snapshot_download(name, allow_patterns=wanted, local_files_only=True)
+    except Exception as error:  # the hub's client has a large family of errors of its own
+        raise InputError(f"{name}: no such folder, and not to be had from the hub ({error})") from None
+
+
+@contextmanager
+def reading(folder: str) -> Iterator[None]:
+    """Turns what the libraries say about a bad model folder into an error that names the folder."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # an odd config.json raises whatever its first reader happens to run into
+        raise InputError(f"{folder}: {type(error).__name__}: {error}") from None
+
+
+def weight_files(folder: str) -> dict[str, list[str]]:
+    """Safetensors file, as a path inside the model folder -> the names of its tensors. Sorted."""
+    single, index = f"{folder}/model.safetensors", f"{folder}/model.safetensors.index.json"
+    if not os.path.exists(index):
+        if not os.path.exists(single):
+            raise InputError(f"{folder}: has no model.safetensors(.index.json); "
+                             "only safetensors weights are loaded")
+        with reading(folder), safe_open(single, "pt") as file:
+            return {"model.safetensors": sorted(file.keys())}
+
+    content = parse_json(index, read_bytes(index))
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(path, str) for path in weight_map.values()):
+        raise InputError(f'{index}: must have a "weight_map" of tensor names to files')
+    files: dict[str, list[str]] = {}
+    for name, path in sorted(weight_map.items(), key=lambda item: item[::-1]):
+        if os.path.isabs(path) or os.pardir in path.split("/"):
+            raise InputError(f"{index}: {path!r} must be a file inside that folder")
+        files.setdefault(path, []).append(name)
+    return files
+
+
+def model_identity(path: str) -> str:
+    """The name of a hub model; of a folder, a hash of what the model computes.
+
+    Configuration, tokenizer and index count byte for byte. Of the weights the names, types and sizes of all
+    tensors count, the bytes of small ones, and of large ones 16 samples each: reading all of a 145 GB model
+    would take minutes.
+    """
+    if not os.path.isdir(path):
+        return path
+    digest = hashlib.sha256()
+    for name in sorted(os.listdir(path)):
+        file_path = os.path.join(path, name)
+        if name.endswith((".json", ".jinja", ".txt", ".model")):
+            digest.update(name.encode() + read_bytes(file_path))
+        elif name.endswith(".safetensors"):
+            with reading(file_path), open(file_path, "rb") as file:
+                (header_length,) = struct.unpack("<Q", file.read(8))
+                header = file.read(header_length)
+                digest.update(header)
+                for tensor in parse_json(file_path, header).values():
+                    if "data_offsets" in tensor:
+                        start, end = tensor["data_offsets"]
+                        _update_with_samples(digest, file, 8 + header_length + start, end - start)
+        elif name.endswith(".bin"):
+            with open(file_path, "rb") as file:
+                _update_with_samples(digest, file, 0, os.path.getsize(file_path))
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def _update_with_samples(digest, file, start: int, length: int) -> None:
+    """Add `length` bytes of a file to a hash: all of them up to 64 kB, else 16 times 4 kB, spread evenly."""
+    samples, size = (16, 4096) if length > 65536 else (1, length)
+    for i in range(samples):
+        file.seek(start + i * (length - size) // max(1, samples - 1))
+        digest.update(file.read(size))
+
+
+def rows_of_rank(length: int, rank: int, ranks: int) -> tuple[int, int]:
+    """The first row that a rank has of a sharded tensor, and the one after its last."""
+    rows = math.ceil(length / ranks)  # FSDP cuts dimension 0 like torch.chunk
+    return min(rank * rows, length), min((rank + 1) * rows, length)
+
+
+@torch.no_grad()
+def load(policy: nn.Module, folder: str) -> None:
+    """Fill the shards of policy.model: each rank reads only its own rows of each tensor.
+
+    Raises InputError if the tensors in the folder are not, one to one, finite floats for those of the model.
+    """
+    files, tensors = weight_files(folder), policy.model.state_dict(keep_vars=True)
+    stored = [name for names in files.values() for name in names]
+    filled = {tensors[name] for name in stored if name in tensors}  # tied: stored once or twice
+    missing = [name for name, tensor in tensors.items() if tensor not in filled]
+    unknown = [name for name in stored if name not in tensors and not name.endswith("inv_freq")]  # recomputed
+    if missing or unknown:
+        raise InputError(f"{folder}: its tensors are not one to one those of {policy.name}, which is not "
+                         f"supported (missing: {missing[:3]}, left over: {unknown[:3]})")
+
+    bar = tqdm(total=len(stored), desc="loading", unit="tensor", disable=dist.get_rank() > 0, leave=False)
+    for path, names in files.items():
+        with safe_open(f"{folder}/{path}", "pt") as file:
+            for name in names:
+                if name in tensors:
+                    fill(tensors[name], file.get_slice(name), f"{folder}/{path}: {name}")
+                bar.update()
+    bar.close()
+
+
+def fill(tensor: Tensor, stored: Any, where: str) -> None:
+    """Copy a stored tensor, or of a sharded one this rank's rows."""
+    if stored.get_shape() != list(tensor.shape):
+        raise InputError(f"{where} must be {[*tensor.shape]}, got {stored.get_shape()}")
+    if tensor.is_floating_point() and stored.get_dtype() not in FLOATS:
+        raise InputError(f"{where} is stored as {stored.get_dtype()}: quantized weights cannot be trained; "
+                         "use the model they were made from")
+    if isinstance(tensor, DTensor):
+        start, stop = rows_of_rank(len(tensor), dist.get_rank(), dist.get_world_size())
+        tensor, stored = tensor.to_local(), stored[start:stop]
+    else:
+        stored = stored[...]
+    if not stored.isfinite().all():
+        raise InputError(f"{where} holds numbers that are not finite: the file is damaged, or the model is")
+    tensor.copy_(stored)
+
+
+@torch.no_grad()
+def export(policy: nn.Module, source: str, folder: str) -> None:
+    """Write the folder `source` again with the trained numbers in it: same files, names and dtypes, so
+    whatever loads one loads the other. Complete or absent, never half. Collective."""
+    tensors, is_writer, unfinished = policy.model.state_dict(), dist.get_rank() == 0, f"{folder}.unfinished"
+    if is_writer:
+        with writing(unfinished):
+            shutil.rmtree(unfinished, ignore_errors=True)
+            os.mkdir(unfinished)
+            for name in os.listdir(source):  # configuration, tokenizer, chat template: byte for byte
+                if name.endswith((".json", ".jinja", ".txt", ".model")):
+                    shutil.copy(f"{source}/{name}", unfinished)
+
+    files = weight_files(source)
+    for path in tqdm(files, desc="exporting", unit="file", disable=not is_writer, leave=False):
+        trained = {}
+        with safe_open(f"{source}/{path}", "pt") as before:
+            for name in files[path]:
+                if name not in tensors:
+                    trained[name] = before.get_tensor(name)
+                    continue
+                # Gathered by all ranks together; only one keeps it.
+                whole = tensors[name].full_tensor() if isinstance(tensors[name], DTensor) else tensors[name]
+                if is_writer:
+                    dtype = FLOATS.get(before.get_slice(name).get_dtype(), whole.dtype)
+                    trained[name] = whole.to("cpu", dtype, copy=True)
+        if is_writer:
+            write_weights(trained, f"{unfinished}/{path}")
+            shutil.copymode(f"{source}/{path}", f"{unfinished}/{path}")  # else only their owner can read them
+
+    if is_writer:
+        with writing(folder):  # a folder that is there and not empty is not replaced
+            os.sync()  # the name must not reach the disk before the content
+            os.rename(unfinished, folder)
+    dist.barrier()
+
+
+def write_weights(tensors: dict[str, Tensor], path: str) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise InputError(f"{path}: not written, as {name} is no longer finite; lower the --learning-rate")
+    with writing(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        save_file(tensors, path, metadata={"format": "pt"})
+
+
+# --------------------------------------------------------------------------------------------- output folders
+
+
+WRITTEN = ("metrics.jsonl", "checkpoints", "model", "model.unfinished", "before.jsonl", "after.jsonl")
+# What may change when a run goes on: the result stays the same, and of what is read only the content counts.
+FREE = ("resume", "output_dir", "test_problems", "tokens_per_micro_batch", "eval_every", "save_every",
+        "timeout", "share_prefix", "activation_checkpointing", "offload", "compile",
+        "model", "reference", "data", "eval_data")
+
+
+def claim_output_dir(config: Namespace) -> Any:
+    """Take --output-dir for this run alone, until the result is dropped.
+
+    Raises InputError, and touches nothing, if what is there might not be of this run.
+    """
+    out = config.output_dir
+    if dist.get_rank() > 0:
+        return None
+    if os.path.lexists(out) and not os.path.isdir(out):
+        raise InputError(f"--output-dir {out}: is not a folder")
+    for source in (config.model, config.reference or config.model):
+        if os.path.isdir(source) and is_inside(out, source):
+            raise InputError(f"--output-dir {out}: must not be in {source}, which is read")
+
+    if os.path.lexists(f"{out}/run.json"):
+        if not config.resume:
+            raise InputError(f"{out}: already holds a run; continue it with --resume (from its last "
+                             "checkpoint, or else from the start), or choose another --output-dir")
+    else:
+        # Absent now, so what will be there by these names is of this run.
+        for name in WRITTEN:
+            if os.path.lexists(f"{out}/{name}"):
+                raise InputError(f"{out}/{name}: is not of a run of this trainer, as there is no run.json "
+                                 "beside it; choose another --output-dir")
+    return lock(f"{out}/.lock")
+
+
+def is_inside(path: str, folder: str) -> bool:
+    folder = os.path.realpath(folder)
+    return os.path.commonpath([folder, os.path.realpath(path)]) == folder
+
+
+def identity_of(folder: str, pairs: str, held_out: str, config: Namespace) -> dict[str, Any]:
+    """What the result of a run depends on, as run.json holds it; the pairs by their fingerprints."""
+    content = {"data": pairs, "eval_data": held_out, "model": model_identity(folder)}
+    if config.reference:
+        content["reference"] = model_identity(resolve(config.reference))
+    return {"config": vars(config), "content": content}
+
+
+def is_finished(identity: dict[str, Any], config: Namespace) -> bool:
+    """Whether --resume finds the run already done. Raises InputError if it was started with other flags."""
+    finished = [False]
+    if dist.get_rank() == 0 and os.path.exists(f"{config.output_dir}/run.json"):
+        refuse_changes(identity, config.output_dir)
+        finished = [os.path.isdir(f"{config.output_dir}/model")]
+    dist.broadcast_object_list(finished)
+    return finished[0]
+
+
+def refuse_changes(identity: dict[str, Any], out: str) -> None:
+    """Raise InputError if the run in folder `out` was started with other flags, data or model."""
+    path = f"{out}/run.json"
+    before = parse_json(path, read_bytes(path))
+    if not isinstance(before, dict) or not {"config", "content"} <= before.keys():
+        raise InputError(f"{path}: is not the record of a run; choose another --output-dir")
+
+    changed = []
+    for name, value in identity["config"].items():
+        was = before["config"].get(name)
+        if name not in FREE and was != value:
+            changed.append(f"--{name.replace('_', '-')} {was} -> {value}")
+    for name in {**identity["content"], **before["content"]}:
+        if before["content"].get(name) != identity["content"].get(name):
+            changed.append(f"content of --{name.replace('_', '-')}")
+    if changed:
+        raise InputError(f"--resume: {out} was started with another {', '.join(changed)}")
+
+
+def refuse_full_disk(folder: str, config: Namespace) -> None:
+    """Raise InputError if the model, with --save-every a checkpoint too, will not fit into --output-dir."""
+    if dist.get_rank() > 0:
+        return
+    sizes = [os.path.getsize(f"{folder}/{file}") for file in weight_files(folder)]
+    needed, free = sum(sizes), shutil.disk_usage(config.output_dir).free
+    if config.save_every:
+        needed += 3 * 4 * sum(sizes) // 2  # weights and two moments in 4 bytes; a model mostly has 2
+    if free < needed:
+        raise InputError(f"--output-dir {config.output_dir}: {needed / 1e9:,.1f} GB will be written there, "
+                         f"and {free / 1e9:,.1f} GB are free")
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def training_state(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """Kind of number -> name of the parameter -> its shard and the rest of it. Tied weights count once."""
+    parameters = dict(policy.named_parameters())
+    state = {"weights": parameters}
+    for moment in MOMENTS:
+        state[moment] = {name: optimizer.state[parameter][moment] for name, parameter in parameters.items()}
+    return state
+
+
+def checkpoints_in(folder: str) -> list[str]:
+    """Names, the newest first, of the checkpoints there; what else there is is not ours."""
+    present = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted((name for name in present if re.fullmatch(r"step-\d{6,}", name)), reverse=True)
+
+
+def save_checkpoint(policy: nn.Module, optimizer: torch.optim.Optimizer, folder: str, step: int,
+                    metrics: str) -> None:
+    """Write step-N, complete or absent. Those before it are removed once it is read back. Collective."""
+    path, rank = f"{folder}/step-{step:06d}", dist.get_rank()
+    unfinished = f"{path}.unfinished"
+    if rank == 0:
+        with writing(unfinished):
+            shutil.rmtree(unfinished, ignore_errors=True)
+            os.makedirs(unfinished)
+    dist.barrier()
+
+    hashes = {}
+    for kind, tensors in training_state(policy, optimizer).items():
+        name = f"{kind}.{rank}.safetensors"
+        local = {key: tensor.detach().to_local().contiguous() for key, tensor in tensors.items()}
+        with writing(f"{unfinished}/{name}"):
+            save_file(local, f"{unfinished}/{name}")
+            hashes[name] = hash_of(f"{unfinished}/{name}")
+    of_ranks = [hashes] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, hashes)
+
+    if rank == 0:
+        hashes = {name: value for of_rank in of_ranks for name, value in of_rank.items()}
+        state = {"step": step, "processes": len(of_ranks), "sha256": hashes, "metrics": metrics}
+        write_atomically(f"{unfinished}/state.json", json.dumps(state))
+        with writing(path):
+            os.sync()  # the name must not reach the disk before the content
+            shutil.rmtree(path, ignore_errors=True)  # one that was damaged
+            os.rename(unfinished, path)
+        for name in checkpoints_in(folder):
+            if f"{folder}/{name}" != path:
+                shutil.rmtree(f"{folder}/{name}", ignore_errors=True)
+    dist.barrier()
+
+
+def hash_of(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@torch.no_grad()
+def load_checkpoint(policy: nn.Module, optimizer: torch.optim.Optimizer, folder: str) -> tuple[int, str]:
+    """Load the newest sound checkpoint. Returns (optimizer steps it has seen, metrics till then). Collective.
+
+    (0, "") if there is none yet. Raises InputError if all that there are are damaged.
+    """
+    damaged = []
+    for name in checkpoints_in(folder):
+        path = f"{folder}/{name}"
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, what_is_damaged(path))  # each rank looks at its share
+        damage = [text for text in found if text]
+        if not damage:
+            return _load_sound(policy, optimizer, path)
+        print0(f"checkpoint  {path} is damaged ({damage[0]}): going on from the one before it")
+        damaged.append(damage[0])
+    if damaged:
+        raise InputError(f"{folder}: no checkpoint can be read ({damaged[0]}); "
+                         "remove that folder to begin again")
+    return 0, ""
+
+
+def what_is_damaged(path: str) -> str:
+    """"" if this rank's share of a checkpoint's files is as it was written."""
+    try:
+        state = parse_json(f"{path}/state.json", read_bytes(f"{path}/state.json"))
+        hashes = sorted(state["sha256"].items())
+        for name, expected in hashes[dist.get_rank()::dist.get_world_size()]:
+            if hash_of(f"{path}/{name}") != expected:
+                return f"{name} has changed"
+        return "" if isinstance(state["metrics"], str) else "state.json"
+    except (InputError, OSError) as error:
+        return str(error)
+    except (KeyError, TypeError, AttributeError):
+        return "state.json"
+
+
+def _load_sound(policy: nn.Module, optimizer: torch.optim.Optimizer, path: str) -> tuple[int, str]:
+    state = parse_json(f"{path}/state.json", read_bytes(f"{path}/state.json"))
+    for parameter in policy.parameters():
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(state["step"]), device=parameter.device),
+            **{moment: torch.empty_like(parameter) for moment in MOMENTS}}
+
+    for kind, tensors in training_state(policy, optimizer).items():
+        for rank in range(state["processes"]):
+            with reading(path), safe_open(f"{path}/{kind}.{rank}.safetensors", "pt") as file:
+                for name, tensor in tensors.items():
+                    _copy_common_rows(tensor, file.get_slice(name), rank, state["processes"])
+    return state["step"], state["metrics"]
+
+
+def _copy_common_rows(tensor: DTensor, stored: Any, rank: int, ranks: int) -> None:
+    """What this rank has of a sharded tensor and rank `rank` of `ranks` had, when it was stored."""
+    start, stop = rows_of_rank(len(tensor), dist.get_rank(), dist.get_world_size())
+    stored_start, stored_stop = rows_of_rank(len(tensor), rank, ranks)
+    first, last = max(start, stored_start), min(stop, stored_stop)
+    if first < last:
+        rows = stored[first - stored_start:last - stored_start]
+        tensor.to_local()[first - start:last - start].copy_(rows)
+
+
+# -------------------------------------------------------------------------------------------------- the cache
+
+
+def write_cached(path: str, tensor: Tensor) -> bool:
+    """Keep a tensor. Says so if that is not possible: then it will be computed again."""
+    tensor = tensor.cpu().contiguous()
+    try:
+        with writing(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            # safetensors writes under another name first, so this needs no care of ours
+            save_file({"tensor": tensor}, path, metadata={"hash": _hash_of_numbers(tensor)})
+    except InputError as error:
+        print0(f"cache       {error}")
+        return False
+    return True
+
+
+def read_cached(path: str, shape: tuple[int, ...]) -> Tensor | None:
+    """A kept tensor, or None. Says so if it is there and damaged."""
+    if not os.path.exists(path):
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            tensor, expected = file.get_tensor("tensor"), (file.metadata() or {}).get("hash")
+    except (OSError, safetensors.SafetensorError):
+        tensor, expected = torch.empty(0), None
+    if tensor.shape == shape and _hash_of_numbers(tensor) == expected:
+        return tensor
+    print0(f"cache       {path} is damaged: computed again")
+    return None
+
+
+def _hash_of_numbers(tensor: Tensor) -> str:
+    return content_key(tensor.numpy().tobytes().hex())
