@@ -135,9 +135,12 @@ def read_tokenizer(model: str) -> Any:
     """Of a model's folder or hub name."""
     from transformers import AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # whatever the reader of an odd file happens to run into
-        raise InputError(f"{model}: no tokenizer there ({type(error).__name__}: {error})") from None
+        raise InputError(f"{model}: its tokenizer cannot be read ({type(error).__name__}: {error})") from None
+    if not tokenizer("1").input_ids:  # without its files the library makes an empty one
+        raise InputError(f"{model}: has no tokenizer")
+    return tokenizer
 
 
 def open_turn(tokenizer, prompt: str, template: str, instruction: str | None = None) -> str:

@@ -543,6 +543,9 @@ def build(folder: str, config: Config) -> Policy:
     """
     with storage.reading(folder):
         hf_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if getattr(hf_config, "quantization_config", None):
+            raise InputError(f"{folder}: quantized weights cannot be trained (quantization_config in its "
+                             "config.json); use the model they were made from")
         try:
             with torch.device("meta"):
                 model = transformers.AutoModelForCausalLM.from_config(

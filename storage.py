@@ -45,12 +45,13 @@ def resolve(name: str) -> str:
         return name
     from huggingface_hub import snapshot_download
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    unwanted = ["consolidated*", "original/*"]  # the same weights once more, in another format
     try:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            snapshot_download(name, allow_patterns=wanted)
+            snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted)
         if dist.is_initialized():
             dist.barrier()
-        return snapshot_download(name, allow_patterns=wanted, local_files_only=True)
+        return snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted, local_files_only=True)
     except Exception as error:  # the hub's client has a large family of errors of its own
         raise InputError(f"{name}: no such folder, and not to be had from the hub ({error})") from None
 

@@ -160,7 +160,7 @@ def run_trl(spec: dict) -> dict:
 
         def create_scheduler(self, num_training_steps, optimizer=None):
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: stepdpo.learning_rate(
-                step, len(plan), config) / config.learning_rate)
+                step, steps, config) / config.learning_rate)
             return self.lr_scheduler
 
     class Clock(TrainerCallback):

@@ -964,7 +964,7 @@ def test_the_command_line_end_to_end(tiny, tmp_path, capsys):
     with pytest.raises(SystemExit):
         command_line.main(["solve", "--model", str(tmp_path / "nowhere"), "--problems", path, "--out",
                            str(tmp_path / "o")])
-    assert "nowhere: no tokenizer there" in capsys.readouterr().err
+    assert "nowhere: its tokenizer cannot be read" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command_line.main(["--help"])
     shown = capsys.readouterr().out

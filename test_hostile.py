@@ -1,0 +1,625 @@
+"""What is promised when something goes wrong, case by case: one line that says what and where, exit status 2,
+no stack trace, nothing lost, nothing of anybody else's touched.
+
+Each case is a small change to a run that works. (The making of pairs has its own in pairs/test_pairs.py.)
+"""
+
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import stepdpo
+from conftest import ENVIRONMENT, HERE, make_rows, write_jsonl
+
+
+class Place:
+    """A folder with a model, pairs and the flags of a short run, all of which a case may spoil."""
+
+    def __init__(self, folder: Path, model: str):
+        self.folder, self.source = folder, model
+        self.flags = {"model": folder / "model", "data": folder / "pairs.jsonl", "output-dir": folder / "out",
+                      "batch-size": 4, "max-steps": 2, "learning-rate": 1e-3, "dtype": "float32"}
+        os.environ["STEPDPO_CACHE"] = str(folder / "cache")
+        write_jsonl(folder / "pairs.jsonl", make_rows(8))
+        shutil.copytree(model, folder / "model")
+
+    def words(self, *more: str) -> list[str]:
+        return [f"--{name}={value}" for name, value in self.flags.items() if value is not None] + list(more)
+
+    def write(self, name: str, content: str | bytes) -> Path:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    def edit_json(self, name: str, **changes) -> None:
+        path = self.folder / name
+        content = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+
+    def edit_weights(self, name: str = "lm_head.weight", change=None, **others) -> None:
+        path = self.folder / "model/model.safetensors"
+        weights = load_file(path)
+        if change:
+            weights[name] = change(weights[name])
+        save_file(weights | others, path, metadata={"format": "pt"})
+
+    def edit_rows(self, **changes) -> None:
+        write_jsonl(self.folder / "pairs.jsonl", [row | changes for row in make_rows(8)])
+
+
+@pytest.fixture
+def place(tmp_path, tiny):
+    before = os.environ.get("STEPDPO_CACHE")
+    yield Place(tmp_path, tiny)
+    if before is not None:
+        os.environ["STEPDPO_CACHE"] = before
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """What there is under a folder, by path: links by their targets, files by their content."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_symlink():
+            found[name] = os.readlink(path)
+        elif path.is_file() and path.name != ".lock" and not name.startswith("cache/"):
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def start(words: list[str], monkeypatch, capsys) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of the trainer. Any exception but its exit escapes."""
+    monkeypatch.setattr("sys.argv", ["stepdpo.py", *map(str, words)])
+    capsys.readouterr()
+    status = 0
+    try:
+        stepdpo.main()
+    except SystemExit as stop:
+        status = stop.code
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def refused(place: Place, message: str, monkeypatch, capsys, *more: str) -> None:
+    """The run ends by one line on stderr that matches, and everything on the disk is as it was."""
+    before = tree(place.folder)
+    status, out, err = start(place.words(*more), monkeypatch, capsys)
+    lines = re.split(r"[\r\n]+", err.strip())
+    assert status == 2, (status, out, err)
+    assert "Traceback" not in err
+    beginning = [i for i, line in enumerate(lines) if line.startswith("stepdpo.py: error: ")]
+    assert beginning, err
+    said = "\n".join(lines[beginning[-1]:])
+    assert re.search(message, said, re.S), said
+    assert tree(place.folder) == before
+
+
+# ----------------------------------------------------------------------------------------- flags, recipes
+
+FLAGS = [
+    (["--warmup-ratio=5"], "must be from 0 to 1, got 5"),
+    (["--warmup-ratio=-0.1"], "must be from 0 to 1"),
+    (["--warmup-ratio=nan"], "must be from 0 to 1, got nan"),
+    (["--learning-rate=inf"], "must be above 0, got inf"),
+    (["--learning-rate=0"], "must be above 0"),
+    (["--learning-rate="], "invalid float value: ''"),
+    (["--beta=-1"], "must be above 0"),
+    (["--beta=1e999"], "must be above 0, got 1e999"),
+    (["--batch-size=0"], "must be above 0"),
+    (["--batch-size=1.5"], "invalid int value: '1.5'"),
+    (["--batch-size=" + "9" * 5000], "invalid int value"),
+    (["--epochs=0"], "must be above 0"),
+    (["--epochs=-3"], "must be above 0"),
+    (["--max-length=0"], "must be above 0"),
+    (["--max-length=1"], "no pair of 8 is left: 8 longer than --max-length 1"),
+    (["--max-steps=x"], "invalid int value: 'x'"),
+    (["--seed=-1"], "must be at least 0"),
+    (["--eval-every=0"], "must be above 0"),
+    (["--save-every=-1"], "must be at least 0"),
+    (["--tokens-per-micro-batch=1"], r"pairs.jsonl:\d: takes \d+ tokens, more than --tokens-per-micro-batch 1"),
+    (["--timeout=0"], "must be above 0"),
+    (["--eval-data=0.0"], "must be a file or above 0 and below 1"),
+    (["--eval-data=1.5"], "must be a file or above 0 and below 1"),
+    (["--eval-data=0.000001"], "leaves 8 of 8 pairs to train on"),
+    (["--eval-data=nowhere.jsonl"], "nowhere.jsonl: No such file"),
+    (["--eval-data="], "must be more than nothing"),
+    (["--test-problems=nowhere.jsonl"], "nowhere.jsonl: No such file"),
+    (["--template=chatml"], "invalid choice: 'chatml'"),
+    (["--span=token"], "invalid choice: 'token'"),
+    (["--dtype=float8"], "invalid choice: 'float8'"),
+    (["--output-dir="], "must be more than nothing"),
+    (["--model="], "must be more than nothing"),
+    (["--data="], "must be more than nothing"),
+    (["--data"], "expected at least one argument"),
+    (["--unknown=1"], "unrecognized arguments"),
+    (["--learn=1"], "unrecognized arguments"),
+    (["pairs.jsonl"], "unrecognized arguments"),
+    (["--no-dtype"], "unrecognized arguments"),
+    (["--offload=yes"], "ignored explicit argument 'yes'"),
+]
+
+
+@pytest.mark.parametrize("flags, message", FLAGS, ids=lambda x: " ".join(x)[:40] if isinstance(x, list) else "")
+def test_flags(place, flags, message, monkeypatch, capsys):
+    refused(place, message, monkeypatch, capsys, *flags)
+
+
+RECIPES = {
+    "missing": (None, "recipe: No such file"),
+    "not text": (b"--beta 0.1\n\xff\xfe\x00", "recipe:2: .*can't decode byte"),
+    "open quotation": ("--seed 1\n--instruction 'no end", "recipe:2: No closing quotation"),
+    "includes itself": ("--seed 1\n@RECIPE", "recipe: includes itself"),
+    "includes what includes it": ("@RECIPE2", "recipe: includes itself"),
+    "unknown flag": ("--nope 1", "unrecognized arguments"),
+    "bad value": ("--beta zero", "invalid float value: 'zero'"),
+    "a null byte": (b"--instruction a\x00b\n--beta 0", "must be above 0"),
+}
+
+
+@pytest.mark.parametrize("case", RECIPES)
+def test_recipes(place, case, monkeypatch, capsys):
+    content, message = RECIPES[case]
+    recipe, other = place.folder / "recipe", place.folder / "recipe2"
+    if content is not None:
+        content = content if isinstance(content, bytes) else content.encode()
+        recipe.write_bytes(content.replace(b"RECIPE2", bytes(other)).replace(b"RECIPE", bytes(recipe)))
+    other.write_text(f"@{recipe}")
+    refused(place, message, monkeypatch, capsys, f"@{recipe}")
+
+
+def test_a_recipe_may_begin_with_a_byte_order_mark(place):
+    recipe = place.write("recipe", b"\xef\xbb\xbf--beta 0.25 # as Windows' editors write it\r\n")
+    assert stepdpo.parse([*place.words(), f"@{recipe}"]).beta == 0.25
+
+
+# ---------------------------------------------------------------------------------------------- rows of pairs
+
+ROWS = {  # content of pairs.jsonl, or changes to all its rows
+    "empty file": (b"", "pairs.jsonl: holds no rows"),
+    "blank lines": (b"\n \n", "pairs.jsonl: holds no rows"),
+    "not JSON": (b"{'a': 1}\n", "pairs.jsonl:1: not valid JSON"),
+    "torn": (b'{"a": 1}\n{"a": ', "pairs.jsonl:2: not valid JSON"),
+    "a list": (b"[1]\n", "pairs.jsonl:1: must be a JSON object, got list"),
+    "null": (b"null\n", "pairs.jsonl:1: must be a JSON object, got NoneType"),
+    "UTF-16": ('{"a": 1}\n'.encode("utf-16"), "pairs.jsonl:1: not UTF-8"),
+    "Latin-1": ('{"prompt": "é"}\n'.encode("latin-1"), "pairs.jsonl:1: not UTF-8"),
+    "null bytes": (b"\0" * 100, "pairs.jsonl:1: not valid JSON"),
+    "thousands of brackets": (b"[" * 100_000 + b"\n", "pairs.jsonl:1: not a row"),
+    "a number without end": (b'{"a": ' + b"9" * 10_000 + b"}\n", "pairs.jsonl:1: "),
+    "of another kind": (b'{"question": "q", "answer": "a"}\n', "has no field 'prompt'"),
+    "chosen missing": (dict(chosen=None), "8 of 8 rows .* 'chosen' must be text, got NoneType"),
+    "chosen a number": (dict(chosen=3), "'chosen' must be text, got int"),
+    "chosen a list": (dict(chosen=["a"]), "'chosen' must be text, got list"),
+    "chosen empty": (dict(chosen=""), "8 of 8 rows .* more than a fifth: 8 'chosen' is empty"),
+    "rejected blank": (dict(rejected=" \n\t"), "'rejected' is empty"),
+    "both equal": (dict(chosen=" a", rejected="a "), "'chosen' equals 'rejected'"),
+    "prompt empty": (dict(prompt=""), "'prompt' is empty"),
+    "prompt an object": (dict(prompt={"role": "user"}), "'prompt' must be text, got dict"),
+    "prompt of two messages": (dict(prompt=[{"role": "user", "content": "a"}] * 2), "one message of the user"),
+    "prompt of the system": (dict(prompt=[{"role": "system", "content": "a"}]), "one message of the user"),
+    "prompt without content": (dict(prompt=[{"role": "user"}]), "'prompt' must be text, got NoneType"),
+    "prompt of nothing": (dict(prompt=[]), "one message of the user"),
+    "prompt of numbers": (dict(prompt=[1]), "one message of the user"),
+    "steps missing": (dict(initial_reason_steps=None), "'initial_reason_steps' must be text"),
+    "steps a list": (dict(initial_reason_steps=["Step 1:"]), "'initial_reason_steps' must be text"),
+    "half a character": (dict(rejected="\ud83d"), "'rejected' has half a character"),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_rows(place, case, monkeypatch, capsys):
+    content, message = ROWS[case]
+    if isinstance(content, bytes):
+        place.write("pairs.jsonl", content)
+    else:
+        place.edit_rows(**content)
+    refused(place, message, monkeypatch, capsys)
+
+
+DATA = {  # what --data names, and what that is
+    "a folder": ("folder.jsonl", "mkdir", "folder.jsonl: Is a directory"),
+    "a dangling link": ("link.jsonl", "link", "link.jsonl: No such file"),
+    "of no known kind": ("pairs.csv", b"a,b\n", "must be a .jsonl, .json or .parquet file or a hub dataset"),
+    "JSON lines called .json": ("pairs.json", b'{"a": 1}\n{"a": 2}\n', "pairs.json:2: not valid JSON"),
+    "one object": ("pairs.json", b'{"a": 1}', "must be one JSON list of rows, got dict"),
+    "an empty list": ("pairs.json", b"[]", "holds no rows"),
+}
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_data(place, case, monkeypatch, capsys):
+    name, content, message = DATA[case]
+    if content == "mkdir":
+        (place.folder / name).mkdir()
+    elif content == "link":
+        (place.folder / name).symlink_to("nowhere")
+    else:
+        place.write(name, content)
+    place.flags["data"] = place.folder / name
+    refused(place, message, monkeypatch, capsys)
+
+
+# ---------------------------------------------------------------------------------------------- model folders
+
+
+def never_ending() -> str:
+    return "{{ messages[0]['content'] }}" + "{% for a in range(10) %}{{ a.b.c }}{% endfor %}"
+
+
+MODELS = {
+    "no such folder": (lambda p: p.flags.update(model="/nowhere/at/all"), "/nowhere/at/all: no such folder"),
+    "a file": (lambda p: p.flags.update(model=p.folder / "pairs.jsonl"), "pairs.jsonl: no such folder"),
+    "empty": (lambda p: (shutil.rmtree(p.folder / "model"), (p.folder / "model").mkdir()), "model: "),
+    "no config": (lambda p: (p.folder / "model/config.json").unlink(), "model: "),
+    "config not JSON": (lambda p: p.write("model/config.json", "{"), "model: "),
+    "config a list": (lambda p: p.write("model/config.json", "[]"), "model: "),
+    "config null": (lambda p: p.write("model/config.json", "null"), "model: "),
+    "config binary": (lambda p: p.write("model/config.json", b"\xff\x00"), "model"),
+    "config without type": (lambda p: p.edit_json("model/config.json", model_type=...), "model: "),
+    "an unknown type": (lambda p: p.edit_json("model/config.json", model_type="nope"), "model: .*nope"),
+    "an encoder": (lambda p: p.edit_json("model/config.json", model_type="t5"), "model: .*T5"),
+    "hidden size a text": (lambda p: p.edit_json("model/config.json", hidden_size="big"), "model: "),
+    "hidden size negative": (lambda p: p.edit_json("model/config.json", hidden_size=-4), "model: "),
+    "no heads": (lambda p: p.edit_json("model/config.json", num_attention_heads=0), "model: "),
+    "heads that do not divide": (lambda p: p.edit_json("model/config.json", num_key_value_heads=3), "must be"),
+    "no layers": (lambda p: p.edit_json("model/config.json", num_hidden_layers=0), "Qwen2ForCausalLM|model: "),
+    "one layer too many": (lambda p: p.edit_json("model/config.json", num_hidden_layers=3, layer_types=...),
+                           "one to one.*missing: .*layers.2"),
+    "rope unknown": (lambda p: p.edit_json("model/config.json", rope_scaling={"rope_type": "nope"}), "model: "),
+    "activation unknown": (lambda p: p.edit_json("model/config.json", hidden_act="nope"), "model: .*nope"),
+    "quantized": (lambda p: p.edit_json("model/config.json", quantization_config={"quant_method": "gptq"}),
+                  "quantiz"),
+    "own code": (lambda p: p.edit_json("model/config.json", model_type="mine", auto_map={
+        "AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}), "model: "),
+    "short of positions": (lambda p: p.edit_json("model/config.json", max_position_embeddings=16),
+                           r"pairs.jsonl:\d: has \d+ tokens, but .*model is made for 16"),
+    "no weights": (lambda p: (p.folder / "model/model.safetensors").unlink(), "only safetensors weights"),
+    "weights torn": (lambda p: p.write("model/model.safetensors", b"\x10\0\0\0\0\0\0\0{"), "model"),
+    "weights empty": (lambda p: p.write("model/model.safetensors", b""), "model"),
+    "weights garbage": (lambda p: p.write("model/model.safetensors", os.urandom(1000)), "model"),
+    "a header without end": (lambda p: p.write("model/model.safetensors", struct.pack("<Q", 2**60)), "model"),
+    "a tensor missing": (lambda p: p.edit_weights(change=lambda w: w, extra=torch.ones(2)), "left over: .*extra"),
+    "not a number": (lambda p: p.edit_weights(change=lambda w: w * float("nan")),
+                     "lm_head.weight holds numbers that are not finite"),
+    "infinite": (lambda p: p.edit_weights(change=lambda w: w / 0), "lm_head.weight holds numbers that are not"),
+    "int8": (lambda p: p.edit_weights(change=lambda w: w.to(torch.int8)), "stored as I8: quantized weights"),
+    "fp8": (lambda p: p.edit_weights(change=lambda w: w.to(torch.float8_e4m3fn)), "stored as F8_E4M3: quantiz"),
+    "of another shape": (lambda p: p.edit_weights(change=lambda w: w[:7].clone()), "lm_head.weight must be"),
+    "a scalar": (lambda p: p.edit_weights(change=lambda w: w[0, 0].clone()), "lm_head.weight must be"),
+    "index a list": (lambda p: p.write("model/model.safetensors.index.json", "[]"), 'must have a "weight_map"'),
+    "index of numbers": (lambda p: p.write("model/model.safetensors.index.json", '{"weight_map": {"a": 1}}'),
+                         'must have a "weight_map"'),
+    "index torn": (lambda p: p.write("model/model.safetensors.index.json", '{"weight'), "index.json:1: not valid"),
+    "index leaves the folder": (lambda p: p.write("model/model.safetensors.index.json",
+                                                  '{"weight_map": {"a": "../b.safetensors"}}'),
+                                "must be a file inside that folder"),
+    "index names no file": (lambda p: p.write("model/model.safetensors.index.json",
+                                              '{"weight_map": {"a": "b.safetensors"}}'), "b.safetensors"),
+    "no tokenizer": (lambda p: (p.folder / "model/tokenizer.json").unlink(), "model: has no tokenizer"),
+    "tokenizer torn": (lambda p: p.write("model/tokenizer.json", "{"), "its tokenizer cannot be read"),
+    "tokenizer a list": (lambda p: p.write("model/tokenizer.json", "[]"), "its tokenizer cannot be read"),
+    "tokenizer's settings torn": (lambda p: p.write("model/tokenizer_config.json", "{"), "its tokenizer cannot be read"),
+    "no template": (lambda p: (p.folder / "model/chat_template.jinja").unlink(), "pass --template alpaca"),
+    "template not closed": (lambda p: p.write("model/chat_template.jinja", "{% for"), "its chat template fails"),
+    "template unknown filter": (lambda p: p.write("model/chat_template.jinja", "{{ 1 | nope }}"), "template fails"),
+    "template divides by zero": (lambda p: p.write("model/chat_template.jinja", "{{ 1 / 0 }}"), "template fails"),
+    "template raises": (lambda p: p.write("model/chat_template.jinja", "{{ raise_exception('no system') }}"),
+                        "its chat template fails .*no system"),
+    "template reads too far": (lambda p: p.write("model/chat_template.jinja", never_ending()), "template fails"),
+    "template drops the problem": (lambda p: p.write("model/chat_template.jinja", "hello"),
+                                   "its chat template changes or drops the problem"),
+    "template shouts": (lambda p: p.write("model/chat_template.jinja", "{{ messages[0]['content'] | upper }}"),
+                        "its chat template changes or drops the problem"),
+    "template is nosy": (lambda p: p.write(
+        "model/chat_template.jinja", "{{ messages.__class__.__mro__[1].__subclasses__() }}"), "template fails"),
+    "reference nowhere": (lambda p: p.flags.update(reference="/nowhere/at/all"), "/nowhere/at/all: no such"),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_models(place, case, monkeypatch, capsys):
+    spoil, message = MODELS[case]
+    spoil(place)
+    refused(place, message, monkeypatch, capsys)
+
+
+# --------------------------------------------------------------------------------------------- output folders
+
+OUTPUTS = {
+    "a file": (lambda p: p.write("out", "mine"), "--output-dir .*out: is not a folder"),
+    "below a file": (lambda p: (p.write("file", "mine"), p.flags.update({"output-dir": p.folder / "file/out"})),
+                     "file/out/.lock: cannot be written: Not a directory"),
+    "a dangling link": (lambda p: (p.folder / "out").symlink_to("nowhere"), "out: is not a folder"),
+    "the model's folder": (lambda p: p.flags.update({"output-dir": p.folder / "model"}), "must not be in"),
+    "in the model's folder": (lambda p: p.flags.update({"output-dir": p.folder / "model/a/b"}), "must not be in"),
+    "the model's, by a link": (lambda p: (p.folder / "out").symlink_to("model"), "must not be in"),
+    "above the model": (lambda p: p.flags.update({"output-dir": p.folder}), "model: is not of a run"),
+    "somebody's model": (lambda p: p.write("out/model/weights", "mine"), "out/model: is not of a run"),
+    "somebody's checkpoints": (lambda p: p.write("out/checkpoints/best/w", "mine"), "checkpoints: is not of a run"),
+    "somebody's metrics": (lambda p: p.write("out/metrics.jsonl", "mine"), "metrics.jsonl: is not of a run"),
+    "somebody's export": (lambda p: p.write("out/model.unfinished/w", "mine"), "unfinished: is not of a run"),
+    "somebody's answers": (lambda p: p.write("out/before.jsonl", "mine"), "before.jsonl: is not of a run"),
+    "somebody's run.json": (lambda p: p.write("out/run.json", "{}"), "already holds a run"),
+    "a link for metrics": (lambda p: (p.write("out/x", "mine"), (p.folder / "out/metrics.jsonl").symlink_to("x")),
+                           "metrics.jsonl: is not of a run"),
+    "resumes somebody's run.json": (lambda p: (p.write("out/run.json", "{}"), p.flags.update(resume=None)),
+                                    "run.json: is not the record of a run"),
+    "resumes a list": (lambda p: (p.write("out/run.json", "[]"), p.flags.update(resume=None)),
+                       "run.json: is not the record of a run"),
+    "resumes a torn run.json": (lambda p: (p.write("out/run.json", '{"config'), p.flags.update(resume=None)),
+                                "run.json:1: not valid JSON"),
+    "resumes no text": (lambda p: (p.write("out/run.json", b"\xff"), p.flags.update(resume=None)),
+                        "run.json: not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", OUTPUTS)
+def test_output_folders(place, case, monkeypatch, capsys):
+    spoil, message = OUTPUTS[case]
+    spoil(place)
+    more = ["--resume"] if place.flags.pop("resume", "") is None else []
+    refused(place, message, monkeypatch, capsys, *more)
+
+
+# ------------------------------------------------------------------------------------- checkpoints, going on
+
+STEPS = {"max-steps": 4, "save-every": 1}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny):
+    """A folder with `whole`, a run of four optimizer steps, and `out`, one that ended before its fourth."""
+    place, train_step = Place(tmp_path_factory.mktemp("runs"), tiny), stepdpo.train_step
+    place.flags |= STEPS
+    stepdpo.train(stepdpo.parse([*place.words(), f"--output-dir={place.folder / 'whole'}"]))
+
+    def end_before_the_fourth(step, *others):
+        if step == 3:
+            raise RuntimeError("as good as killed")
+        return train_step(step, *others)
+
+    stepdpo.train_step = end_before_the_fourth
+    with pytest.raises(RuntimeError, match="as good as killed"):
+        stepdpo.train(stepdpo.parse(place.words()))
+    stepdpo.train_step = train_step
+    return place.folder
+
+
+@pytest.fixture
+def stopped(place, runs):
+    for name in ("whole", "out"):
+        shutil.copytree(runs / name, place.folder / name)
+    place.flags |= STEPS
+    return place
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def goes_on(place: Place, monkeypatch, capsys) -> str:
+    """The run with --resume ends as the undisturbed one did. Returns what it printed."""
+    status, out, err = start(place.words("--resume"), monkeypatch, capsys)
+    assert status == 0, err
+    assert losses(place.folder / "out") == losses(place.folder / "whole")
+    ended = [place.folder / name / "model/model.safetensors" for name in ("out", "whole")]
+    assert ended[0].read_bytes() == ended[1].read_bytes()
+    return out
+
+
+CHECKPOINT = "out/checkpoints/step-000003"
+HARMLESS = {
+    "nothing": lambda p: None,
+    "metrics torn": lambda p: p.write("out/metrics.jsonl", '{"step": 0, "lo'),
+    "metrics gone": lambda p: (p.folder / "out/metrics.jsonl").unlink(),
+    "metrics binary": lambda p: p.write("out/metrics.jsonl", b"\xff\x00"),
+    "a save that was killed": lambda p: p.write("out/checkpoints/step-000004.unfinished/weights.0", "torn"),
+    "an export that was killed": lambda p: p.write("out/model.unfinished/config.json", "torn"),
+    "a newer one without content": lambda p: (p.folder / "out/checkpoints/step-000004").mkdir(),
+    "a newer one with torn state": lambda p: p.write("out/checkpoints/step-000004/state.json", '{"step'),
+    "a newer one with other state": lambda p: p.write("out/checkpoints/step-000004/state.json", "[1]"),
+    "a newer one without its files": lambda p: p.write(
+        "out/checkpoints/step-000004/state.json", json.dumps({"sha256": {"weights.0.safetensors": "0"}})),
+    "other things beside it": lambda p: p.write("out/checkpoints/best/weights", "mine"),
+    "checkpoints gone": lambda p: shutil.rmtree(p.folder / "out/checkpoints"),
+    "all gone": lambda p: shutil.rmtree(p.folder / "out"),
+    "the data moved": lambda p: (shutil.move(p.folder / "pairs.jsonl", p.folder / "moved.jsonl"),
+                                 p.flags.update(data=p.folder / "moved.jsonl")),
+    "the model moved": lambda p: (shutil.move(p.folder / "model", p.folder / "moved"),
+                                  p.flags.update(model=p.folder / "moved")),
+}
+
+
+@pytest.mark.parametrize("case", HARMLESS)
+def test_what_a_run_gets_over(stopped, case, monkeypatch, capsys):
+    HARMLESS[case](stopped)
+    out = goes_on(stopped, monkeypatch, capsys)
+    assert ("is damaged" in out) == ("a newer one" in case)
+    if case == "other things beside it":
+        assert (stopped.folder / "out/checkpoints/best/weights").read_text() == "mine"
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGED = {
+    "a flipped bit in the weights": (lambda p: flip_a_byte(p.folder / CHECKPOINT / "weights.0.safetensors"),
+                                     "weights.0.safetensors has changed"),
+    "a flipped bit in a moment": (lambda p: flip_a_byte(p.folder / CHECKPOINT / "exp_avg.0.safetensors"),
+                                  "exp_avg.0.safetensors has changed"),
+    "a torn file": (lambda p: os.truncate(p.folder / CHECKPOINT / "exp_avg_sq.0.safetensors", 100), "has changed"),
+    "a file gone": (lambda p: (p.folder / CHECKPOINT / "weights.0.safetensors").unlink(), "No such file"),
+    "a state gone": (lambda p: (p.folder / CHECKPOINT / "state.json").unlink(), "state.json: No such file"),
+    "a state torn": (lambda p: os.truncate(p.folder / CHECKPOINT / "state.json", 30), "state.json:1: not valid"),
+    "another flag": (lambda p: p.flags.update(beta=0.3), "another --beta 0.4 -> 0.3"),
+    "another schedule": (lambda p: p.flags.update({"max-steps": 9}), "another --max-steps 4 -> 9"),
+    "another row": (lambda p: p.edit_rows(chosen=" So we get 5."), "content of --data"),
+    "another number in a norm": (lambda p: p.edit_weights("model.norm.weight", lambda w: w + torch.eye(len(w))[3]),
+                                 "content of --model"),
+    "another number in the head": (lambda p: p.edit_weights(change=lambda w: w.index_fill(0, torch.tensor(3), 0.5)),
+                                   "content of --model"),
+    "another template": (lambda p: p.write("model/chat_template.jinja", "{{ messages[0]['content'] }}:"),
+                         "content of --data"),
+    "held-out pairs": (lambda p: p.flags.update({"eval-data": p.folder / "pairs.jsonl"}), "content of --eval-data"),
+    "a reference": (lambda p: p.flags.update(reference=p.source), "content of --reference"),
+    "no --resume": (lambda p: None, "already holds a run; continue it with --resume"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_what_a_run_does_not_go_on_from(stopped, case, monkeypatch, capsys):
+    spoil, message = DAMAGED[case]
+    spoil(stopped)
+    refused(stopped, message, monkeypatch, capsys, *(["--resume"] if case != "no --resume" else []))
+
+
+def test_a_finished_run_is_told_from_another(stopped, monkeypatch, capsys):
+    stopped.flags["output-dir"] = stopped.folder / "whole"
+    before = tree(stopped.folder)
+    assert "finished    already" in start(stopped.words("--resume"), monkeypatch, capsys)[1]
+    assert tree(stopped.folder) == before
+    stopped.flags["beta"] = 0.1
+    refused(stopped, "another --beta 0.4 -> 0.1", monkeypatch, capsys, "--resume")
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/a-payload-ran",)
+
+
+def test_no_pickle_is_read(stopped, monkeypatch, capsys):
+    for path in [*(stopped.folder / CHECKPOINT).iterdir(), stopped.folder / CHECKPOINT / ".metadata"]:
+        path.write_bytes(pickle.dumps(Payload()))
+    status, _, err = start(stopped.words("--resume"), monkeypatch, capsys)
+    assert status == 2 and "no checkpoint can be read" in err and not os.path.exists("/tmp/a-payload-ran")
+
+
+def test_links_are_not_followed_when_files_are_written(place, monkeypatch, capsys):
+    place.write("out/precious", "mine")
+    for name in ("run.json.unfinished", "run.json.writing", "run.json.tmp"):
+        (place.folder / "out" / name).symlink_to(place.folder / "out/precious")
+    assert start(place.words(), monkeypatch, capsys)[0] == 0
+    assert (place.folder / "out/precious").read_text() == "mine"
+
+
+def test_a_second_start_waits_for_nobody(place, monkeypatch, capsys):
+    (place.folder / "out").mkdir()
+    code = ("import files, sys, time; held = files.lock(sys.argv[1]); print('held', flush=True); time.sleep(60)")
+    holder = subprocess.Popen([sys.executable, "-c", code, place.folder / "out/.lock"], cwd=HERE,
+                              stdout=subprocess.PIPE, env=ENVIRONMENT)
+    try:
+        holder.stdout.readline()
+        refused(place, "out/.lock: another process writes there", monkeypatch, capsys)
+    finally:
+        holder.kill()
+        holder.wait()
+    assert start(place.words(), monkeypatch, capsys)[0] == 0
+
+
+# ---------------------------------------------------------------------------------------- the cache, the disk
+
+
+CACHES = {
+    "torn": lambda path: os.truncate(path, path.stat().st_size - 3),
+    "empty": lambda path: path.write_bytes(b""),
+    "garbage": lambda path: path.write_bytes(os.urandom(200)),
+    "a flipped bit": flip_a_byte,
+    "of other pairs": lambda path: save_file({"tensor": torch.zeros(2, 3)}, path),
+    "not a number": lambda path: save_file({"tensor": torch.full((2, 8), math.nan)}, path),
+    "of another kind": lambda path: save_file({"x": torch.zeros(2, 8)}, path),
+}
+
+
+@pytest.mark.parametrize("case", CACHES)
+def test_a_damaged_cache_is_computed_again_and_says_so(place, case, monkeypatch, capsys):
+    assert "computed, kept in" in start(place.words(), monkeypatch, capsys)[1]
+    (kept,) = (place.folder / "cache").iterdir()
+    sound = kept.read_bytes()
+    CACHES[case](kept)
+    place.flags["output-dir"] = place.folder / "again"
+    status, out, _ = start(place.words(), monkeypatch, capsys)
+    assert status == 0 and f"{kept} is damaged: computed again" in out
+    assert losses(place.folder / "again") == losses(place.folder / "out")
+    assert kept.read_bytes() == sound
+
+
+def test_a_run_goes_on_without_a_cache_and_says_so(place, monkeypatch, capsys):
+    place.write("cache", "a file")
+    status, out, _ = start(place.words(), monkeypatch, capsys)
+    assert status == 0 and "cannot be written" in out
+
+
+@pytest.mark.parametrize("room, save_every, message", [
+    (10, 1, "out/run.json: cannot be written: File too large"),
+    (1600, 0, "out/model.unfinished: cannot be written: File too large"),
+    (20000, 1, r"step-000001.unfinished/weights.0.safetensors: cannot be written: .*File too large"),
+])
+def test_a_full_disk_is_named_and_the_run_goes_on_with_more_room(place, runs, room, save_every, message,
+                                                                 monkeypatch, capsys):
+    """By a limit on the size of files, which needs no rights; the system's words differ, nothing else."""
+    monkeypatch.setenv("STEPDPO_CACHE", "/dev/null/cache")
+    shutil.copytree(runs / "whole", place.folder / "whole")
+    place.flags |= STEPS | {"save-every": save_every}
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, old[1]))
+    try:
+        status, out, err = start(place.words(), monkeypatch, capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert status == 2 and re.search(message, err) and "Traceback" not in err, err
+    goes_on(place, monkeypatch, capsys)
+
+
+def test_a_disk_without_room_for_the_model_is_refused_at_once(place, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
+    refused(place, "out: 0.0 GB will be written there, and 0.0 GB are free", monkeypatch, capsys)
+
+
+# ------------------------------------------------------------------------------------------------- other ends
+
+
+def test_numbers_that_are_no_longer_finite_are_not_exported(place, monkeypatch, capsys):
+    place.flags |= {"max-steps": 1, "learning-rate": 1e38, "eval-data": place.folder / "pairs.jsonl"}
+    status, _, err = start(place.words(), monkeypatch, capsys)
+    assert status == 2 and re.search("step 1: held-out loss nan; nothing was exported", err)
+    place.flags |= {"eval-data": None, "output-dir": place.folder / "again"}
+    status, _, err = start(place.words(), monkeypatch, capsys)
+    assert status in (0, 2) and "Traceback" not in err
+    for name in ("out", "again"):
+        for line in (place.folder / name / "metrics.jsonl").read_text().splitlines():
+            json.loads(line, parse_constant=lambda word: pytest.fail(word))  # NaN is not JSON
+
+
+def test_a_schedule_of_a_billion_epochs_begins_at_once(place, monkeypatch, capsys):
+    assert start(place.words("--epochs=1000000000", "--max-steps=1"), monkeypatch, capsys)[0] == 0
+
+
+def test_resume_on_a_fresh_folder_starts(place, monkeypatch, capsys):
+    assert start(place.words("--resume"), monkeypatch, capsys)[0] == 0
+    assert len(losses(place.folder / "out")) == 2
+
+
+def test_code_that_comes_with_a_model_is_not_run(place, monkeypatch, capsys):
+    ran = place.folder / "ran"
+    place.write("model/evil.py", f"open({str(ran)!r}, 'w')")
+    place.edit_json("model/config.json", model_type="mine", auto_map={"AutoConfig": "evil.Config"})
+    place.edit_json("model/tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Tokenizer", None]})
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # a library that asks would be told yes
+    assert start(place.words(), monkeypatch, capsys)[0] == 2 and not ran.exists()
