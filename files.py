@@ -81,9 +81,13 @@ def run_command(name: str, command: Callable[[], None]) -> None:
 
 def end_with_torchrun() -> None:
     """Let the kernel end this process when torchrun is gone: it would write beside the next start."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    # It may be gone already. Who has lost his parent has init for one, which in a container may be torchrun.
+    if os.getppid() == 1 and b"torch" not in read_bytes("/proc/1/cmdline"):
+        raise InputError("torchrun has ended")
 
 
 def leave_process_group() -> None:

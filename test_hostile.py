@@ -15,6 +15,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import stepdpo
-from conftest import ENVIRONMENT, HERE, make_rows, write_jsonl
+from conftest import ENVIRONMENT, HERE, TORCHRUN, make_rows, write_jsonl
 
 
 class Place:
@@ -602,7 +603,10 @@ def test_numbers_that_are_no_longer_finite_are_not_exported(place, monkeypatch, 
     place.flags |= {"eval-data": None, "output-dir": place.folder / "again"}
     status, _, err = start(place.words(), monkeypatch, capsys)
     assert status in (0, 2) and "Traceback" not in err
-    for name in ("out", "again"):
+    place.flags |= {"max-steps": 2, "output-dir": place.folder / "third"}
+    status, _, err = start(place.words(), monkeypatch, capsys)
+    assert status == 2 and re.search("\nstepdpo.py: error: step 1: loss nan", err)  # not glued to the bar
+    for name in ("out", "again", "third"):
         for line in (place.folder / name / "metrics.jsonl").read_text().splitlines():
             json.loads(line, parse_constant=lambda word: pytest.fail(word))  # NaN is not JSON
 
@@ -623,3 +627,65 @@ def test_code_that_comes_with_a_model_is_not_run(place, monkeypatch, capsys):
     place.edit_json("model/tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Tokenizer", None]})
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # a library that asks would be told yes
     assert start(place.words(), monkeypatch, capsys)[0] == 2 and not ran.exists()
+
+
+# -------------------------------------------------------------------------------------------- several processes
+
+WITH_TROUBLE = """import os, sys, time
+sys.path.insert(0, {here!r})
+import files, stepdpo
+train_step, rank = stepdpo.train_step, os.environ["RANK"]
+def with_trouble(step, *others):
+    if step == 1 and rank == "1":
+        {trouble}
+    return train_step(step, *others)
+stepdpo.train_step = with_trouble
+stepdpo.main()
+"""
+
+
+def start_two(place: Place, trouble: str, *more: str) -> subprocess.Popen:
+    script = place.write("trouble.py", WITH_TROUBLE.format(here=str(HERE), trouble=trouble))
+    return subprocess.Popen([*TORCHRUN, "2", str(script), *place.words(*more)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+
+
+def test_a_mistake_that_one_rank_meets_is_said_once(place):
+    child = start_two(place, "raise files.InputError('the disk of this node is odd')")
+    output, _ = child.communicate(timeout=100)
+    assert child.returncode != 0 and output.count("stepdpo.py: error: the disk of this node is odd\n") == 1, output
+    assert 'trouble.py", line' not in output  # no stack trace of ours
+
+
+def test_a_mistake_that_all_ranks_meet_is_said_once(place):
+    place.write("pairs.jsonl", "{")
+    child = start_two(place, "pass")
+    output, _ = child.communicate(timeout=100)
+    assert output.count("pairs.jsonl:1: not valid JSON") == 1 and 'trouble.py", line' not in output, output
+
+
+def test_a_rank_that_hangs_is_an_error_in_the_end(place):
+    child = start_two(place, "time.sleep(1000)", "--timeout=0.05")
+    output = ""
+    for line in child.stdout:
+        output += line
+        if "error: waited in vain for another process" in line:
+            break
+    child.kill()
+    assert "error: waited in vain for another process" in output, output
+
+
+def test_nobody_writes_on_when_torchrun_is_gone(place):
+    child = start_two(place, "time.sleep(1000)")
+    while "loading" not in child.stdout.readline():
+        assert child.poll() is None
+    workers = subprocess.run(["pgrep", "-P", str(child.pid)], capture_output=True, text=True).stdout.split()
+    assert len(workers) == 2
+    child.kill()
+    child.wait()
+    for worker in workers:
+        for _ in range(100):
+            if not os.path.exists(f"/proc/{worker}"):
+                break
+            time.sleep(0.1)
+        assert not os.path.exists(f"/proc/{worker}")

@@ -1,4 +1,4 @@
-"""The specification of stepdpo.py, kernels.py, data.py and storage.py, executable on a CPU.
+"""The specification of stepdpo.py, kernels.py, data.py, attention.py and storage.py, executable on a CPU.
 
 In the order of the code: the loss, the kernel, the data, the packed policy, training, the command line. Tests
 that need a GPU skip visibly without one. Each test names the rule it protects.
@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import attention
 import data
 import kernels
 import stepdpo
@@ -671,23 +672,23 @@ def plain_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, sc
 def test_one_call_of_varlen_attn_computes_what_the_segments_do_one_by_one(tokenizer, monkeypatch, window):
     """What CUDA runs, but for the kernel itself, in whose place its definition stands."""
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", plain_varlen_attn)
-    segments = stepdpo.current_row.segments = data.pack(make_pairs(tokenizer, 4)).segments
+    segments = attention.current_row.segments = data.pack(make_pairs(tokenizer, 4)).segments
     query, key, value = (torch.randn(1, heads, sum(segments.query_lengths), 8) for heads in (4, 2, 2))
-    one_by_one, _ = stepdpo.segment_attention(torch.nn.Module(), query, key, value, scaling=0.3,
+    one_by_one, _ = attention.segment_attention(torch.nn.Module(), query, key, value, scaling=0.3,
                                               sliding_window=window)
     gathered = (x.index_select(2, segments.key_index) for x in (key, value))
-    at_once = stepdpo.flash_attention(query, *gathered, 0.3, window)
+    at_once = attention.flash_attention(query, *gathered, 0.3, window)
     torch.testing.assert_close(at_once, one_by_one, rtol=1e-5, atol=1e-5)
 
 
 @needs_cuda
 @pytest.mark.parametrize("window", [None, 1, 20])
 def test_varlen_attention_on_cuda_equals_the_segments_one_by_one(tokenizer, window):
-    segments = stepdpo.current_row.segments = data.pack(make_pairs(tokenizer, 4)).to("cuda").segments
+    segments = attention.current_row.segments = data.pack(make_pairs(tokenizer, 4)).to("cuda").segments
     length = sum(segments.query_lengths)
     exact = [torch.randn(1, heads, length, 64, device="cuda", requires_grad=True) for heads in (4, 2, 2)]
     rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
-    outputs = [stepdpo.segment_attention(torch.nn.Module(), *x, sliding_window=window)[0]
+    outputs = [attention.segment_attention(torch.nn.Module(), *x, sliding_window=window)[0]
                for x in (exact, rounded)]
     upstream = torch.randn_like(outputs[0])
     outputs[0].backward(upstream), outputs[1].backward(upstream.bfloat16())
@@ -698,9 +699,9 @@ def test_varlen_attention_on_cuda_equals_the_segments_one_by_one(tokenizer, wind
 
 @pytest.mark.parametrize("beyond", ["softcap", "s_aux", "position_bias"])
 def test_attention_beyond_causal_and_windows_is_refused_by_name(beyond):
-    query, stepdpo.current_row.segments = torch.randn(1, 2, 1, 8), data.pack([]).segments
+    query, attention.current_row.segments = torch.randn(1, 2, 1, 8), data.pack([]).segments
     with pytest.raises(InputError, match=f"Module attends with {beyond}, which is not supported"):
-        stepdpo.segment_attention(torch.nn.Module(), query, query, query, **{beyond: 30.0})
+        attention.segment_attention(torch.nn.Module(), query, query, query, **{beyond: 30.0})
 
 
 SMALL = dict(vocab_size=400, hidden_size=64, num_attention_heads=4, num_hidden_layers=2)
@@ -1000,16 +1001,17 @@ def test_any_number_of_processes_gives_the_same_losses(workplace, run, tmp_path)
                 torch.testing.assert_close(a.get_tensor(name), b.get_tensor(name), atol=2e-5, rtol=0)
 
 
-def test_a_preempted_run_saves_and_resumes_to_the_same_losses(workplace, run, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_preempted_run_saves_and_resumes_to_the_same_losses(workplace, run, tmp_path, number):
     out = tmp_path / "out"
     held_out = workplace / "eval.jsonl"
     child = launch(make_flags(workplace, out, eval_data=held_out, eval_every=3, save_every=2), 1)
     while not (out / "metrics.jsonl").exists() or not read_metrics(out):  # it has been evaluated
         assert child.poll() is None, child.stdout.read()
         time.sleep(0.01)
-    child.send_signal(signal.SIGTERM)
+    child.send_signal(number)
     output, _ = child.communicate(timeout=100)
-    assert child.returncode == 128 + signal.SIGTERM and "--resume continues" in output
+    assert child.returncode == 128 + number and "--resume continues" in output
     (saved,) = (out / "checkpoints").iterdir()  # only the newest is kept
     assert not (out / "model").exists()
     with open(out / "metrics.jsonl", "a") as file:
@@ -1066,7 +1068,7 @@ def test_the_self_check_stops_a_run_whose_attention_ignores_the_segments(workpla
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     def all_see_all(module, query, key, value, attention_mask, **kwargs):
-        stepdpo.current_row.calls += 1
+        attention.current_row.calls += 1
         return sdpa_attention_forward(module, query, key, value, None, **kwargs)
 
     transformers.AttentionInterface.register("segments", all_see_all)
@@ -1075,7 +1077,7 @@ def test_the_self_check_stops_a_run_whose_attention_ignores_the_segments(workpla
         with pytest.raises(InputError, match=message):
             stepdpo.train(make_config(workplace, tmp_path))
     finally:
-        transformers.AttentionInterface.register("segments", stepdpo.segment_attention)
+        transformers.AttentionInterface.register("segments", attention.segment_attention)
     assert not (tmp_path / "metrics.jsonl").exists()
 
 

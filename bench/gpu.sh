@@ -29,7 +29,7 @@ stage() { # stage NAME LIMIT COMMAND...: at most LIMIT seconds, and none of thos
 }
 
 # A pass holds for the code that passed, so its name carries that code's hash.
-code=$(cat kernels.py stepdpo.py data.py test_stepdpo.py | sha256sum | cut -c1-12)
+code=$(cat kernels.py stepdpo.py data.py attention.py storage.py test_stepdpo.py | sha256sum | cut -c1-12)
 if stage "tests-$code" 200 "$python" -m pytest -p no:cacheprovider -k cuda && [[ ! -s $results/tests-$code-$device.json ]]
 then
     rm -f "$results"/tests-*-"$device.json"
