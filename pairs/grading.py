@@ -12,6 +12,7 @@ import select
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from fractions import Fraction
@@ -48,20 +49,30 @@ def _up_to_matching_brace(text: str) -> str | None:
     return None  # cut off inside the box
 
 
+# Longer answers, which nobody writes, are compared as plain text: no rule below must be fast on hostile ones.
+LONGEST = 300
+SECONDS = 15  # for all formulas of one answer together
+
+
 def is_correct(solution: str, answer: str) -> bool:
     """Whether the solution's final answer is `answer`. A single letter A-E is graded as multiple choice."""
     guess, answer = extract_answer(solution), extract_answer(answer) or answer
     if guess is None:
         return False
-    choice = re.fullmatch(r"\s*\(?([A-E])\)?\s*", answer)
-    if choice:
-        return _chosen_letter(guess) == choice[1]
-    return _same(_rewritten(guess), _rewritten(answer))
+    if re.fullmatch(r"[A-E]|\([A-E]\)", _without_markup(answer)):
+        return _chosen_letter(guess) == _chosen_letter(answer)
+    if max(len(guess), len(answer)) > LONGEST:
+        return _squeezed(guess) == _squeezed(answer)
+    return _same(_rewritten(guess), _rewritten(answer), time.monotonic() + SECONDS)
+
+
+def _without_markup(text: str) -> str:
+    return re.sub(r"\\text\w*|\\math\w+|\\mbox|[{}$*]", "", text).strip()
 
 
 def _chosen_letter(guess: str) -> str | None:
     """"B" of "(B)", "B) 12 km", "option B", "b"; None of "A train"."""
-    bare = re.sub(r"\\text\w*|\\math\w+|[{}$*]|^\s*(?:option|choice)\b", "", guess, flags=re.I).strip()
+    bare = re.sub(r"^(?:option|choice)\b", "", _without_markup(guess), flags=re.I).strip()
     letter = re.match(r"\(([A-Ea-e])\)|([A-E])(?=\s*[).:,]|$)|([a-e])$", bare)
     return letter[letter.lastindex].upper() if letter else None
 
@@ -69,26 +80,64 @@ def _chosen_letter(guess: str) -> str | None:
 # ----------------------------------------------------------------------------------- one way to write a value
 
 
+# One unit a string: the name it is compared by, then its other names.
+UNITS = {name: names.split()[0] for names in (
+    "mm millimeter millimetre", "cm centimeter centimetre", "m meter metre", "km kilometer kilometre",
+    "in inch inches", "ft foot feet", "yd yard", "mi mile", "mg milligram", "g gram", "kg kilogram",
+    "oz ounce", "lb pound", "ml milliliter millilitre", "l liter litre", "gal gallon",
+    "s sec second", "min minute", "h hr hour", "day", "week", "month", "yr year",
+    "degree deg", "c celsius", "f fahrenheit", "dollar", "cent", "unit", "th st nd rd",
+) for name in names.split()} | {"mph": "mi h", "kmh": "km h", "kph": "km h", "kmph": "km h"}
+LONG_UNITS = "|".join(name for name in UNITS if len(name) > 1)
+DEGREE = r"(?:\^ ?\{? ?\\circ ?\}?|\\degree(?![a-zA-Z])|\u00b0)"
+
+
+def _without_separators(found: re.Match) -> str:
+    return re.sub("[, ]", "", found[0])
+
+
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
-    (r"^\s*\$(.*)\$\s*$|^\s*\\[(\[](.*)\\[)\]]\s*$", r"\1\2"),  # $72$, \(72\)
-    ("\u2212", "-"),
-    ("\u00b2", "^2"),
-    ("\u00b3", "^3"),
-    ("\u03c0", r"\\pi"),
-    ("\u221e", r"\\infty"),
-    ("\u222a", r"\\cup "),
-    (r"\\\$", "$"),
-    (r"\\%", "%"),
-    (r"\\(?:text\w*|math(?:rm|bf|it)|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
-    # Sizes of brackets, spaces (also the comma in 1{,}234), degrees.
-    (r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[!,;: ]|\{,\}|[~\u00a0\u00b0]|\^\s*\{?\\circ\}?", " "),
-    (r"\\cdot|\\times|\u00d7", "*"),
-    (r"\\[dt]frac", r"\\frac"),
-    (r"\\(frac|sqrt)\s*(\w)", r"\\\1{\2}"),  # \frac12
-    (r"(\\frac\s*\{\w\})\s*(\w)", r"\1{\2}"),
-    (r"^\s*\$\s*(-?[\d.,]+)\s*$", r"\1 dollars"),  # $5
+    (r"\s+", " "),
+    # \\ ends a row of a matrix. It gets TeX's other name, so that the rules for "\ " and "\[" do not see it.
+    (r"\\\\(?: ?\[[\d.]+ ?[a-z]{2}\])?", r" \\cr "),
+    # Marks and spaces without a meaning. The comma of 1,\!234 and 1{,}234 is no comma of a list.
+    (r"\\[()\[\]]", " "),
+    (r"\\([$%])", r"\1"),
+    (r"\\(?:text\w*|math(?:rm|bf|it)|mbox|operatorname) ?\{([^{}]*)\}", r" \1 "),
+    (r"(?<=\d) ?(?:\{,\}|, ?\\!) ?(?=\d{3}(?!\d))|\\!", ""),
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|q?quad)(?![a-zA-Z])|\\[,;: ]|[~\u00a0]", " "),
+    (r"\\begin ?\{array\} ?\{[^{}]*\}", r"\\begin{array}"),
+    (rf"{DEGREE} *([CF])(?![a-zA-Z])", r" degrees \1"),
+    (DEGREE, " "),
+    (r"^ ?\$ ?(-?[\d.,]+)$", r"\1 dollars"),
     (r"\$", ""),
-    (r"(?<![\d.,(\[{])\d{1,3}(?:,\d{3})+(?![\d,])", lambda found: found[0].replace(",", "")),  # 1,234
+    # Signs that are written in several ways.
+    (r"[\u2212\u2013]", "-"),
+    (r"\u00b2", "^2"),
+    (r"\u00b3", "^3"),
+    (r"\u03c0", r"\\pi "),
+    (r"\u221e", r"\\infty "),
+    (r"\u222a", r"\\cup "),
+    (r"\u2208", r"\\in "),
+    (r"\u221a ?(\d+|\w)", r"\\sqrt{\1}"),
+    (r"\u2264|<=|\\leq?(?:slant)?(?![a-zA-Z])", r"\\le "),
+    (r"\u2265|>=|\\geq?(?:slant)?(?![a-zA-Z])", r"\\ge "),
+    (r"\u2260|\\neq?(?![a-zA-Z])", r"\\ne "),
+    (r"\u00d7|\\cdot(?![a-zA-Z])|\\times", "*"),
+    (r"\\varnothing", r"\\emptyset"),
+    (r"\\mathbb ?(?:R|\{ ?R ?\})", r"(-\\infty,\\infty)"),
+    (r"^([^,]*)\\pm([^,]*)$", r"\1+\2,\1-\2"),
+    (r"(^|[(\[,=]) ?\+", r"\1"),
+    # Braces: \frac12, \frac\pi{4}, \frac{\sqrt{6}}3, x^{2}, 1011_{2}.
+    (r"\\[cdt]frac", r"\\frac"),
+    (r"\\(frac|sqrt(?: ?\[[^\[\]]*\])?) ?(\w|\\pi(?![a-zA-Z]))", r"\\\1{\2}"),
+    (r"(\\frac ?\{(?:[^{}]|\{[^{}]*\})*\}) ?(\w|\\pi(?![a-zA-Z]))", r"\1{\2}"),
+    (r"([_^]) ?\{ ?(\w|\d+) ?\}", r"\1\2 "),
+    # \frac{-a}{3} is -\frac{a}{3}, but only without a factor before it: 2\frac{-a}{3} is no difference.
+    (r"(^|[(\[,=&]) ?\\frac ?\{ ?- ?((?:[^{}+-]|\{[^{}]*\})*)\}", r"\1-\\frac{\2}"),
+    (r"(?<![\d.,(\[{])\d{1,3}(?:,\d{3})+(?![\d,])", _without_separators),  # 1,234, but not (1,234)
+    (r"(?<![\d.,_^])\d{1,3}(?: \d{3})+(?!\d| ?/)", _without_separators),
+    (rf"(?<=\d)(?=(?:{LONG_UNITS})s?(?![a-zA-Z]))", " "),  # 5cm, but not 2x
     (r"\s+", " "),
 )]
 
@@ -100,11 +149,17 @@ def _rewritten(text: str) -> str:
     return text.strip()
 
 
+def _squeezed(text: str) -> str:
+    """Without case and spaces; but one between digits stays, for 1 1/2 is not 11/2."""
+    text = " ".join(text.lower().split())
+    return re.sub(r"(?<!\d) | (?!\d)", "", text)
+
+
 def _number(text: str) -> Fraction | None:
-    """The exact value of an integer, decimal, fraction, mixed number or a * 10^b; None for anything else."""
+    """The exact value of an integer, decimal, fraction, mixed number or a * b^c; None for anything else."""
     n = r"(-?(?:\d{1,60}\.?\d{0,60}|\.\d{1,60}))"  # bounded, because longer ones take long
-    text = re.sub(rf"\\frac\s*\{{\s*{n}\s*\}}\s*\{{\s*{n}\s*\}}", r" \1/\2", text).strip(" +")
-    text = re.sub(r"^-\s+", "-", text)
+    text = re.sub(rf"\\frac\s*\{{\s*{n}\s*\}}\s*\{{\s*{n}\s*\}}", r" \1/\2", text)
+    text = re.sub(r"^- ", "-", " ".join(text.split()))
 
     mixed = re.fullmatch(r"(-?)(\d{1,60}) (\d{1,60}) ?/ ?(0*[1-9]\d{0,60})", text)
     if mixed:
@@ -112,9 +167,9 @@ def _number(text: str) -> Fraction | None:
         value = int(whole) + Fraction(int(above), int(below))
         return -value if sign else value
 
-    scaled = re.fullmatch(rf"{n} ?\* ?10 ?\^ ?\{{?(-?\d\d?)\}}?", text)
-    if scaled:
-        return Fraction(scaled[1]) * Fraction(10) ** int(scaled[2])
+    power = re.fullmatch(rf"(?:{n} ?\* ?)?([1-9]\d{{0,8}}) ?\^ ?\{{?(-?\d\d?)\}}?", text)
+    if power:
+        return Fraction(power[1] or 1) * Fraction(power[2]) ** int(power[3])
 
     ratio = re.fullmatch(rf"{n}(?: ?/ ?{n})?", text)
     if not ratio:
@@ -125,99 +180,165 @@ def _number(text: str) -> Fraction | None:
 
 # "5 million" is another number than 5, not 5 of some unit.
 NOT_UNITS = {"dozen", "score", "hundred", "thousand", "million", "billion", "trillion", "half", "third",
-             "quarter", "sin", "cos", "tan", "log"}
+             "quarter", "dozens", "hundreds", "thousands", "millions", "thirds", "sin", "cos", "tan", "log",
+             "or", "and", "not"}
 
 
 def _split_unit(text: str) -> tuple[str, str]:
-    """("12.5", "mile per hour") of "12.5 miles per hour"; ("5 million", "") of "5 million"."""
-    unit = r"(?:[a-zA-Z]{2,}|[mghslL])(?:[ /]+[a-zA-Z]+){0,3}(?: ?\^ ?\{?[23]\}?)?"
-    found = re.fullmatch(rf"(.*\d\}}?)(?: ?(%|percent)|\s({unit}))", text)
+    """("12.5", "h mi") of "12.5 miles per hour"; ("5 million", "") of "5 million"."""
+    unit = r"(?:[a-zA-Z]{2,}|[mghslL])(?:[ /]+[a-zA-Z]+){0,3}(?: ?\^ ?[23])?"
+    end = r"(?:\d|\\pi(?=[)}]* (?:[ckm]m|[a-zA-Z]{3})))[)}]*"  # 2\pi rh is a product
+    found = re.fullmatch(rf"(.*{end})(?: ?(%|percent)| ({unit}))", text)
     if not found or NOT_UNITS & set(found[0].lower().split()):
         return text, ""
-    words = re.sub(r"[{} ]+", " ", found[3] or "%").lower().split()
-    return found[1], " ".join(word.rstrip("s") for word in words)
+    return found[1], _unit(found[3] or "%")
+
+
+def _unit(words: str) -> str:
+    """"2 ft" of "square feet" and "ft^2", "h mi" of "miles per hour" and "mph": their order is lost."""
+    words = re.sub(r"\bper\b", "", words.lower())
+    words = re.sub(r"\b(?:square|sq)\b", "2", words)
+    words = re.sub(r"\bcubic\b", "3", words)
+    names = []
+    for word in re.findall(r"[a-z]+|[23%]", words):
+        singular = word.rstrip("s")
+        names.append(UNITS.get(word) or UNITS.get(singular, singular))
+    return " ".join(sorted(" ".join(names).split()))
+
+
+# What "=" gives a value to: x, AB, \theta, a_{10}, f(2), A^{-1}, (x,y). With 2x or x+y it is an equation.
+NAME = re.compile(r"((?:[a-zA-Z' ]|\\[a-zA-Z]+(?![a-zA-Z])|_(?:\d+|\w|\{[^{}]*\})|\^\{-1\}|\([\w, ]*\))*?)"
+                  r" ?(?:=|\\(?:in|approx)(?![a-zA-Z])) ?")
 
 
 def _split_name(text: str) -> tuple[str, str]:
-    """("x", "5") of "x = 5"; ("f(x)", "3x") of "f(x) = 3x"; ("", "5") of "5"."""
-    name = re.match(r"(?:[a-zA-Z](?:\([a-z]\))? ?= ?)?", text)[0]
-    return name.strip("= "), text[len(name):]
+    r"""("x", "5") of "x = 5"; ("x", "[0,1]") of "x \in [0,1]"; ("", "5") of "5" and of "\approx 5"."""
+    name = NAME.match(text)
+    return (_squeezed(name[1]), text[name.end():]) if name else ("", text)
+
+
+def _split(text: str) -> tuple[str, str, str]:
+    """(name, value, unit); in a list each member has its own."""
+    if len(_listed(text)) > 1:
+        return "", text, ""
+    name, text = _split_name(text)
+    return name, *_split_unit(text)
+
+
+def _listed(text: str) -> list[str]:
+    """The parts of a list, a union or alternatives. What stands in brackets is not split."""
+    parts, depth = [""], 0
+    token = r"(, ?(?:and |or )?| (?:and|or) |\\cup(?![a-zA-Z]))|\\[a-zA-Z]+|."
+    for found in re.finditer(token, text):
+        if found[0] in ("(", "[", "{", r"\begin"):
+            depth += 1
+        elif found[0] in (")", "]", "}", r"\end"):
+            depth -= 1
+        if depth == 0 and found[1]:
+            parts.append("")
+        else:
+            parts[-1] += found[0]
+    return [part.strip() for part in parts]
 
 
 def _members(text: str) -> tuple[str, list[str]]:
-    """(brackets, members) of a tuple, interval or set, a bare list being a set; ("", [text]) of a value."""
-    text = re.sub(r"\\([{}])", r"\1", text)
-    parts, depth = [""], 0
-    for token in re.findall(r"\\[a-zA-Z]+|\s(?:or|and)\s|.", text):
-        if token in "([{":
-            depth += 1
-        elif token in ")]}":
-            depth -= 1
-        if depth == 0 and token.strip() in (",", r"\cup", "or", "and"):
-            parts.append("")
-        else:
-            parts[-1] += token
+    """(kind, members) of a tuple, interval, matrix or set (a bare list is one); ("", [text]) of a value."""
+    parts = _listed(text)
     if len(parts) > 1:
-        return "{}", [part.strip() for part in parts]
+        return "{}", parts
 
+    matrix = re.fullmatch(r"[(\[]? ?\\begin\{(array|[pbBvV]?matrix)\}(.*)\\end\{\1\} ?[)\]]?", text)
+    if matrix:
+        return _entries(matrix[1], matrix[2])
+
+    text = re.sub(r"\\([{}])", r"\1", text)
     if re.fullmatch(r"[(\[{].*,.*[)\]}]", text):
-        inner = _members(text[1:-1])[1]
+        inner = _listed(text[1:-1])
         if len(inner) > 1:
             return text[0] + text[-1], inner
     in_parentheses = re.fullmatch(r"\([^()]*\)", text)
     return "", [text[1:-1] if in_parentheses else text]
 
 
+def _entries(environment: str, body: str) -> tuple[str, list[str]]:
+    """(shape, entries row by row) of a matrix; one of a determinant, |A|, has another shape."""
+    rows = [row.split("&") for row in re.split(r"\\cr(?![a-zA-Z])", body) if row.strip()]
+    kind = "determinant" if environment in ("vmatrix", "Vmatrix") else "matrix"
+    lengths = [len(row) for row in rows]
+    return f"{kind} {lengths}", [entry.strip() for row in rows for entry in row]
+
+
 # -------------------------------------------------------------------------------------------- the same value?
 
 
-def _same(guess: str, answer: str) -> bool:
-    """Whether two answers, rewritten, are the same value. A unit or a name on one side only is ignored."""
-    guess, guess_unit = _split_unit(guess)
-    answer, answer_unit = _split_unit(answer)
-    guess_name, guess = _split_name(guess)
-    answer_name, answer = _split_name(answer)
+def _same(guess: str, answer: str, until: float) -> bool:
+    """Whether two answers, rewritten, are the same value. A unit or a name on one side only is ignored.
+
+    `until`: when formulas are no longer compared, in time.monotonic()'s seconds.
+    """
+    if _squeezed(guess) == _squeezed(answer):
+        return bool(guess)
+    guess_name, guess, guess_unit = _split(guess)
+    answer_name, answer, answer_unit = _split(answer)
     if guess_unit and answer_unit and guess_unit != answer_unit:
         return False
     if guess_name and answer_name and guess_name != answer_name:
         return False
 
-    if guess.lower().replace(" ", "") == answer.lower().replace(" ", ""):
-        return bool(guess)
-    brackets, left = _members(guess)
-    wanted_brackets, right = _members(answer)
-    if brackets != wanted_brackets or len(left) != len(right):
+    kind, left = _members(guess)
+    wanted_kind, right = _members(answer)
+    if kind != wanted_kind or len(left) != len(right):
         return False
-    if brackets == "{}":  # in any order: each has its like on the other side
-        every_guess = all(any(_same(a, b) for b in right) for a in left)
-        return every_guess and all(any(_same(a, b) for a in left) for b in right)
-    if brackets:
-        return all(_same(a, b) for a, b in zip(left, right, strict=True))
-    return _same_value(left[0], right[0])
+    if kind == "{}":
+        return _same_in_any_order(left, right, until)
+    if kind:
+        return all(_same(a, b, until) for a, b in zip(left, right, strict=True))
+    return _same_value(left[0], right[0], until)
 
 
-def _same_value(guess: str, answer: str) -> bool:
+def _same_in_any_order(left: list[str], right: list[str], until: float) -> bool:
+    """Whether each member has a partner of its own on the other side: 1,1,2 is not 1,2,2."""
+    right = list(right)
+    for a in left:
+        partner = next((i for i, b in enumerate(right) if _same(a, b, until)), None)
+        if partner is None:
+            return False
+        del right[partner]
+    return True
+
+
+def _same_value(guess: str, answer: str, until: float) -> bool:
+    if _squeezed(guess) == _squeezed(answer):
+        return bool(guess)
     left, right = _number(guess), _number(answer)
     if left is not None and right is not None:
         return left == right
     # Words and numerals of other bases are not formulas: "east" and "seat" would be one product of letters.
     bare = re.sub(r"\\[a-zA-Z]+", "", guess + answer)
-    if re.search(r"[a-zA-Z]{3}|[_%=<>]|[^\x00-\x7f]", bare):
+    if re.search(r"[a-zA-Z]{3}|\d \d|[_%=<>']|[^\x00-\x7f]", bare):
         return False
-    return _same_formula(guess, answer)
+    seconds = until - time.monotonic()
+    return seconds > 0 and _same_formula(guess, answer, seconds)
 
 
 # math-verify ends endless computations (9^{9^9}) by SIGALRM, which works in a main thread only. So it runs
 # in a process of its own, which is ended here if even that does not help.
-WORKER = """import json, sys
-from math_verify import parse, verify
+WORKER = """import dataclasses, json, sys
+from math_verify import LatexExtractionConfig, parse, verify
+replies, sys.stdout = sys.stdout, sys.stderr  # a warning of the package is no reply
+# By default it drops "units", such as the ab of 2ab, reads "5-" as 5, and rounds to 6 digits.
+latex = LatexExtractionConfig()
+without_units = dataclasses.replace(latex.normalization_config, units=False)
+latex = dataclasses.replace(latex, normalization_config=without_units)
+options = dict(extraction_config=[latex], fallback_mode="no_fallback", parsing_timeout=3)
 for line in sys.stdin:
-    answer, guess = (parse("$" + text + "$", parsing_timeout=3) for text in json.loads(line))
-    print(json.dumps(bool(answer and guess and verify(answer, guess, timeout_seconds=3))), flush=True)"""
+    answer, guess = (parse("$" + text + "$", **options) for text in json.loads(line))
+    same = answer and guess and verify(answer, guess, float_rounding=15, timeout_seconds=3)
+    print(json.dumps(bool(same)), file=replies, flush=True)"""
 _worker, _worker_lock = None, threading.Lock()
 
 
-def _same_formula(guess: str, answer: str, seconds: float = 15) -> bool:
+def _same_formula(guess: str, answer: str, seconds: float) -> bool:
     """By math-verify. False without that package, which is said once."""
     global _worker
     with _worker_lock:
@@ -231,7 +352,7 @@ def _same_formula(guess: str, answer: str, seconds: float = 15) -> bool:
             has_answered = select.select([_worker.stdout], [], [], seconds)[0]
             line = _worker.stdout.readline() if has_answered else b""
             if line:
-                return json.loads(line)
+                return line == b"true\n"
         _worker.kill()
         _worker.communicate()
         _worker = None  # the next comparison starts a new one
