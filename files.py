@@ -229,10 +229,11 @@ def checked(kind: type, holds: Callable[[Any], bool], must: str) -> Callable[[st
     return parse
 
 
+LARGEST = 10**12  # above all that makes sense, and below what overflows somewhere later
 TEXT = checked(str, bool, "more than nothing")  # which an unset shell variable is
-POSITIVE_INT = checked(int, lambda x: x > 0, "above 0")
+POSITIVE_INT = checked(int, lambda x: 0 < x <= LARGEST, "above 0 and at most 10^12")
 POSITIVE_FLOAT = checked(float, lambda x: 0 < x < math.inf, "above 0")
-INT = checked(int, lambda x: x >= 0, "at least 0")
+INT = checked(int, lambda x: 0 <= x <= LARGEST, "at least 0 and at most 10^12")
 FLOAT = checked(float, lambda x: 0 <= x < math.inf, "at least 0")
 SHARE = checked(float, lambda x: 0 <= x <= 1, "from 0 to 1")
 URL = checked(str, lambda x: re.match(r"https?://[^/\s]", x), "an address like http://localhost:8000")

@@ -691,9 +691,12 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     add("--compile", action=switch, default=False, help="torch.compile each decoder layer")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16" if cuda else "float32",
         help="compute type; master weights are float32 [bfloat16 on CUDA, else float32]")
-    add("--timeout", type=POSITIVE_FLOAT, default=30.0,
+    add("--timeout", type=MINUTES, default=30.0,
         help="minutes that processes wait for each other before they give up [30]")
     return parser.parse_args(argv)
+
+
+MINUTES = files.checked(float, lambda x: 0 < x <= 1e6, "above 0 and at most 1000000")
 
 
 def source_or_share(text: str) -> str | float:

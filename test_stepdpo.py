@@ -388,6 +388,17 @@ def test_rows_that_cannot_teach_are_dropped_and_counted_and_refused_above_a_fift
         data.encode([*rows, bad, bad], tokenizer, "chat", None, "step", 1024)
 
 
+@pytest.mark.parametrize("steps", [  # as they stand in Math-Step-DPO-10K, and none
+    "Let's think step by step.\nStep 1: 1 + 1 = 2. \nStep 2:", "Let's think. Step 1: 1 + 1 = 2. Step 2:",
+    "Let's think step by step.\nStep 16:", ""])
+def test_the_steps_before_are_taken_as_they_are(tokenizer, steps):
+    row = make_rows(1)[0] | {"initial_reason_steps": steps}
+    ((pair,), _) = data.encode([("f:1", row)], tokenizer, "chat", None, "step", 1024)
+    opened = data.open_turn(tokenizer, row["prompt"], "chat")
+    assert data.marked_text(pair, tokenizer) == (
+        f"{opened}{steps}[[chosen>{row['chosen']}<]][[rejected>{row['rejected']}<]]")
+
+
 def test_a_prompt_may_be_a_list_of_one_message(tokenizer):
     row = make_rows(1)[0]
     as_list = row | {"prompt": [{"role": "user", "content": row["prompt"]}]}
@@ -986,7 +997,8 @@ def test_files_of_a_model_may_stand_in_folders_but_not_outside_theirs(workplace,
 def test_any_number_of_processes_gives_the_same_losses(workplace, run, tmp_path):
     for processes in (2, 4):
         out = tmp_path / str(processes)
-        flags = make_flags(workplace, out, eval_data=workplace / "eval.jsonl", eval_every=3)
+        options = dict(eval_data=str(workplace / "eval.jsonl"), eval_every=3, save_every=6)
+        flags = make_flags(workplace, out, **options)
         child = launch(flags, processes)
         output, _ = child.communicate(timeout=200)
         assert child.returncode == 0, output
@@ -999,6 +1011,35 @@ def test_any_number_of_processes_gives_the_same_losses(workplace, run, tmp_path)
               safe_open(run / "model" / "model.safetensors", "pt") as b):
             for name in b.keys():
                 torch.testing.assert_close(a.get_tensor(name), b.get_tensor(name), atol=2e-5, rtol=0)
+
+        # And one process can go on from what several have saved.
+        exported = weights_of(out / "model")
+        shutil.rmtree(out / "model")
+        stepdpo.train(make_config(workplace, out, resume=True, **options))
+        assert weights_of(out / "model") == exported
+
+
+@pytest.mark.parametrize("length, before, after", [(10, 4, 3), (3, 8, 2), (7, 2, 8), (1, 3, 5), (16, 4, 4)])
+def test_rows_find_their_way_from_any_number_of_ranks_to_any_other(monkeypatch, length, before, after):
+    class Shard:
+        def __init__(self, rows):
+            self.rows, self.to_local = rows, lambda: rows
+
+        def __len__(self):
+            return length
+
+    whole = torch.arange(length)
+    stored = [whole[slice(*storage.rows_of_rank(length, rank, before))] for rank in range(before)]
+    assert torch.equal(torch.cat(stored), whole)
+    assert [len(x) for x in stored if len(x)] == [len(x) for x in whole.chunk(before)]  # as FSDP does it
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: after)
+    for rank in range(after):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        expected = whole[slice(*storage.rows_of_rank(length, rank, after))]
+        shard = Shard(torch.full_like(expected, -1))
+        for old_rank in range(before):
+            storage._copy_common_rows(shard, stored[old_rank], old_rank, before)
+        assert torch.equal(shard.rows, expected)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -1192,10 +1233,10 @@ def test_flags_take_hyphens_underscores_and_files(tmp_path):
     (["--model", "m"], "required: --data, --output-dir"),
     (["--model", ""], "--model: must be more than nothing"),
     (["--learn", "1"], "unrecognized arguments"),
-    (["--beta", "0"], "--beta: must be above 0, got 0"),
+    (["--beta", "0"], "--beta: must be above 0"),
     (["--epochs", "two"], "invalid int value: 'two'"),
     (["--span", "word"], "invalid choice: 'word'"),
-    (["--max-steps", "-1"], "--max-steps: must be at least 0, got -1"),
+    (["--max-steps", "-1"], "--max-steps: must be at least 0"),
     (["--learning-rate", "nan"], "--learning-rate: must be above 0, got nan"),
 ])
 def test_bad_flags_are_usage_errors(capsys, flags, message):
