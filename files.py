@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import safetensors
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -60,6 +61,9 @@ def run_command(name: str, command: Callable[[], None]) -> None:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         message, status = f"error: {where}{error.strerror or error}", 2
+    except torch.OutOfMemoryError as error:
+        message = f"error: out of GPU memory, smaller batches need less: {str(error).splitlines()[0]}"
+        status = 2
     except RuntimeError as error:
         if not re.search("timed out|connection (closed|reset)", str(error), re.I):
             raise
@@ -76,7 +80,9 @@ def run_command(name: str, command: Callable[[], None]) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
     print(f"{name}: {message}", file=sys.stderr, flush=True)
-    os._exit(status) if status == 130 else sys.exit(status)  # at once: threads may wait for a server's reply
+    if status == 130:
+        os._exit(status)  # at once: threads may wait for a server's reply
+    sys.exit(status)
 
 
 def end_with_torchrun() -> None:
