@@ -137,7 +137,8 @@ def read_tokenizer(model: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # whatever the reader of an odd file happens to run into
-        raise InputError(f"{model}: its tokenizer cannot be read ({type(error).__name__}: {error})") from None
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError(f"{model}: its tokenizer cannot be read ({problem})") from None
     if not tokenizer("1").input_ids:  # without its files the library makes an empty one
         raise InputError(f"{model}: has no tokenizer")
     return tokenizer

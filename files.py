@@ -50,7 +50,7 @@ def progress(things: Any, desc: str, **options) -> tqdm:
 
 def run_command(name: str, command: Callable[[], None]) -> None:
     """Run a program, and end it: bad input, a full disk and Ctrl-C are one line, not a stack trace."""
-    message, status = "", 0
+    message, status, waited = "", 0, False
     try:
         end_with_torchrun()
         command()
@@ -68,18 +68,22 @@ def run_command(name: str, command: Callable[[], None]) -> None:
         if not re.search("timed out|connection (closed|reset)", str(error), re.I):
             raise
         message, status = f"error: waited in vain for another process: it hangs, or has ended ({error})", 2
+        waited = True
     finally:
-        leave_process_group()
+        if not message:  # else first say why: as soon as this one leaves, the others say that they waited
+            leave_process_group()
 
     # The exception is gone, and with it the frames that held progress bars: those are closed, and end in a
     # line break. So the message is the last thing, on a line of its own.
     if not message:
         return
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if waited or os.environ.get("LOCAL_RANK", "0") != "0":
         # Mostly all ranks meet the same mistake. Then rank 0 says it, and torchrun ends this one meanwhile.
+        # So it does where another one has ended and said why.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
     print(f"{name}: {message}", file=sys.stderr, flush=True)
+    leave_process_group()
     if status == 130:
         os._exit(status)  # at once: threads may wait for a server's reply
     sys.exit(status)

@@ -64,7 +64,7 @@ def reading(folder: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # an odd config.json raises whatever its first reader happens to run into
-        raise InputError(f"{folder}: {type(error).__name__}: {error}") from None
+        raise InputError(f"{folder}: {type(error).__name__}: {' '.join(str(error).split())}") from None
 
 
 def weight_files(folder: str) -> dict[str, list[str]]:

@@ -11,6 +11,8 @@ thresholds may change, and use the same samples.
 
 import argparse
 import dataclasses
+import fnmatch
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -20,10 +22,8 @@ import torch.distributed as dist
 
 from data import TEMPLATES
 from files import (
-    FLOAT,
     INT,
-    POSITIVE_FLOAT,
-    POSITIVE_INT,
+    SHARE,
     TEXT,
     URL,
     InputError,
@@ -32,14 +32,25 @@ from files import (
     print0,
     run_command,
 )
+from storage import is_inside
 
 from .judge import Judge
 from .problems import FORMATS, STEP_PREFIX, read_problems
 from .sampling import Samples, Settings
+from .server import api_key
 from .stages import build, solve
 
+COUNT = checked(int, lambda x: 1 <= x <= 10_000, "from 1 to 10,000")
+TOKENS = checked(int, lambda x: 1 <= x <= 1_000_000, "from 1 to 1,000,000")
 PART = checked(float, lambda x: 0 < x <= 1, "above 0, at most 1")
+# Numbers near 0 cannot be divided by, and vLLM takes what is below 0.01 for 0.01.
+TEMPERATURE = checked(float, lambda x: x == 0 or 0.01 <= x <= 100, "0, or from 0.01 to 100")
+RATIO = checked(float, lambda x: 1 <= x < math.inf, "at least 1")
 SWITCH = argparse.BooleanOptionalAction
+
+# What is written to --out, beside what is sampled.
+RESULTS = ("pairs.jsonl", "located.jsonl", "located_by_rollouts.jsonl", "located_by_judge.jsonl",
+           "located_by_both.jsonl")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -61,16 +72,17 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--model", type=TEXT, required=True, help="folder or hub name; with --server only for its tokenizer")
     add("--problems", type=TEXT, required=True, help="with answers: .jsonl, .json, .parquet or a hub dataset")
     add("--out", type=TEXT, required=True, help="folder to write to, or to continue in")
-    add("--samples", type=POSITIVE_INT, default=2, help="solutions per problem; paper: 2 [2]")
+    add("--samples", type=COUNT, default=2, help="solutions per problem; paper: 2 [2]")
     add("--step-prefix", action=SWITCH, default=True, help=f"begin each answer with {STEP_PREFIX!r}")
     add("--template", choices=TEMPLATES, default=Settings.template, help="around problem and answer [chat]")
     add("--instruction", help="text after the problem, '' for none [the template's own]")
 
     add = parser.add_argument_group("sampling").add_argument
-    add("--temperature", type=FLOAT, default=Settings.temperature, help="0 takes the likeliest token [0.8]")
+    add("--temperature", type=TEMPERATURE, default=Settings.temperature,
+        help="0 takes the likeliest token [0.8]")
     add("--top-p", type=PART, default=Settings.top_p,
         help="sample among the likeliest tokens that together have this probability [0.95]")
-    add("--max-new-tokens", type=POSITIVE_INT, default=Settings.max_new_tokens,
+    add("--max-new-tokens", type=TOKENS, default=Settings.max_new_tokens,
         help="tokens of a continuation at most; what is longer is cut off and counted [2048]")
     add("--seed", type=INT, default=Settings.seed,
         help="the same seed gives the same samples; servers need not comply [0]")
@@ -78,9 +90,10 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--batch-tokens", type=INT, default=Settings.batch_tokens,
         help="samples x (prompt + --max-new-tokens) per batch: sets memory [131072 on CUDA, else 16384]")
     add("--server", type=URL,
-        help="address of an OpenAI-compatible server (vLLM, SGLang) to sample on [this process]")
+        help="address of an OpenAI-compatible server to sample on, which must take token ids as prompts, as "
+             "vLLM, SGLang and llama.cpp do (`transformers serve` does not) [this process]")
     add("--server-model", help="the model's name there")
-    add("--concurrency", type=POSITIVE_INT, default=Settings.concurrency,
+    add("--concurrency", type=COUNT, default=Settings.concurrency,
         help="requests that a server has to answer at the same time [64]")
 
 
@@ -89,26 +102,26 @@ def add_stage_flags(parser: argparse.ArgumentParser) -> None:
     add("--by", choices=("rollouts", "judge", "both", "human"), default="rollouts",
         help="who finds it: pass rates of the model's own rollouts; a judge; both, kept where they agree; or "
              "you: DIR/located.jsonl is then a file to fill in [rollouts]")
-    add("--screen", type=POSITIVE_INT, default=4, help="give up a problem if none of its first N samples "
-        "is right [4]", metavar="N")
-    add("--min-pass-rate", type=FLOAT, default=0.25, help="or if its pass rate V(0) is below this [0.25]")
-    add("--rollouts", type=POSITIVE_INT, default=8, help="samples for one pass rate [8]")
-    add("--good-ratio", type=FLOAT, default=0.5,
+    add("--screen", type=COUNT, default=4, help="give up a problem if none of its first N samples "
+        "is right; not more than --rollouts [4]", metavar="N")
+    add("--min-pass-rate", type=SHARE, default=0.25, help="or if its pass rate V(0) is below this [0.25]")
+    add("--rollouts", type=COUNT, default=8, help="samples for one pass rate [8]")
+    add("--good-ratio", type=SHARE, default=0.5,
         help="the first j steps count as right if V(j) after them is above this times V(0) [0.5]")
-    add("--confirmations", type=POSITIVE_INT, default=16, help="fresh samples before and after a step [16]")
-    add("--bad-ratio", type=FLOAT, default=1 / 3,
+    add("--confirmations", type=COUNT, default=16, help="fresh samples before and after a step [16]")
+    add("--bad-ratio", type=SHARE, default=1 / 3,
         help="it is confirmed as wrong if V after it is at most this times V before it [0.333]")
 
     add = parser.add_argument_group("rectify: a right step in its place").add_argument
-    add("--rectify-samples", type=POSITIVE_INT, default=20,
+    add("--rectify-samples", type=COUNT, default=20,
         help="continuations of the right steps, those of `locate` counted; paper: 20 [20]")
     add("--check", choices=("rollouts", "judge"), default="rollouts", help="who says that a chosen step is "
         "right: a pass rate after it no lower than before it, or the judge [rollouts]")
-    add("--tries", type=POSITIVE_INT, default=3, help="chosen steps checked per located error [3]")
-    add("--max-length-ratio", type=POSITIVE_FLOAT, default=4.0,
+    add("--tries", type=COUNT, default=3, help="chosen steps checked per located error [3]")
+    add("--max-length-ratio", type=RATIO, default=4.0,
         help="how many times longer or shorter than the rejected step a chosen one may be [4]")
-    add("--pairs-per-step", type=POSITIVE_INT, default=1, help="pairs that reject the same step [1]")
-    add("--per-problem", type=POSITIVE_INT, default=4, help="wrong solutions searched, and pairs made [4]")
+    add("--pairs-per-step", type=COUNT, default=1, help="pairs that reject the same step [1]")
+    add("--per-problem", type=COUNT, default=4, help="wrong solutions searched, and pairs made [4]")
 
     add = parser.add_argument_group("judge").add_argument
     add("--judge-url", type=URL, help="OpenAI-compatible server; its key is read from OPENAI_API_KEY")
@@ -127,23 +140,46 @@ def refuse_missing_flags(args: argparse.Namespace, parser: argparse.ArgumentPars
             parser.error(f"--{name.replace('_', '-')} is needed too")
 
 
+def refuse_bad_places(args: argparse.Namespace) -> None:
+    """Raise InputError if --out is no place to write to, or holds what was not written by this command."""
+    out = args.out
+    if os.path.lexists(out) and not os.path.isdir(out):
+        raise InputError(f"--out {out}: is not a folder")
+    if os.path.isdir(args.model) and is_inside(out, args.model):
+        raise InputError(f"--out {out}: must not be in the folder of --model {args.model}, which is read")
+
+    folder, name = os.path.split(os.path.realpath(args.problems))
+    ours = ("pairs.jsonl", "samples*.jsonl", "judge*.jsonl", "located*.jsonl")
+    if folder == os.path.realpath(out) and any(fnmatch.fnmatch(name, pattern) for pattern in ours):
+        raise InputError(f"--problems {args.problems}: is a file that this command writes in --out; "
+                         "rename it, or choose another --out")
+
+    samples = f"{out}/samples.jsonl"
+    has_begun = os.path.isfile(samples) and os.path.getsize(samples) > 0
+    for path in (f"{out}/{name}" for name in RESULTS):
+        if os.path.islink(path) or os.path.isdir(path):
+            raise InputError(f"{path}: is not a file that this command wrote; choose another --out")
+        if os.path.exists(path) and not has_begun:
+            raise InputError(f"{path}: was not made by this command, as there is nothing in samples.jsonl "
+                             "beside it; choose another --out")
+
+
 def run(args: argparse.Namespace, sampler=None, tokenizer=None) -> None:
     """The command; with another sampler and tokenizer than those of --model, if given."""
     began = time.monotonic()
+    refuse_bad_places(args)
     problems = read_problems(args.problems)
-    for name in ("pairs", "located"):
-        if os.path.exists(f"{args.out}/{name}.jsonl") and not os.path.exists(f"{args.out}/samples.jsonl"):
-            raise InputError(f"{args.out}/{name}.jsonl: was not made by this command, as there is no "
-                             "samples.jsonl beside it; choose another --out")
+    if args.server or needs_judge(args):
+        api_key()  # which may be refused
 
     names = [field.name for field in dataclasses.fields(Settings)]
     settings = Settings(**{name: getattr(args, name) for name in names})
     samples = Samples(f"{args.out}/samples.jsonl", settings, sampler, tokenizer)
+    judge = None
+    if needs_judge(args):
+        judge = Judge(f"{args.out}/judge.jsonl", args.judge_url, args.judge_model, args.concurrency)
     solutions = solve(problems, samples, args.samples, STEP_PREFIX if args.step_prefix else "")
     if args.command == "build":
-        judge = None
-        if needs_judge(args):
-            judge = Judge(f"{args.out}/judge.jsonl", args.judge_url, args.judge_model, args.concurrency)
         build(solutions, samples, judge, args)
     by = " by rank 0" if samples.cache.ranks > 1 else ""
     print0(f"{samples.tokens:,} tokens sampled{by} in {(time.monotonic() - began) / 60:.1f} minutes")

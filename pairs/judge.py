@@ -13,7 +13,7 @@ class Judge:
     """Verdicts of one judge. Its replies are kept as samples are: to be read, and not to be paid twice."""
 
     def __init__(self, path: str, server: str, model: str, concurrency: int):
-        self.cache = Cache(path, {"judge_model": model})
+        self.cache = Cache(path, {"judge_model": model}, {"reply": str})
         self.server, self.model, self.concurrency = server, model, concurrency
 
     def first_errors(self, solutions: list[tuple[Problem, list[str]]]) -> list[int | None]:

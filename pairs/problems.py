@@ -8,9 +8,10 @@
 A model is made to answer like that by beginning its answer for it (STEP_PREFIX).
 """
 
+import math
 import os
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from data import read_rows
 from files import InputError, content_key
@@ -23,6 +24,7 @@ FORMATS = """GSM8K: question, answer (ends in "#### N")
   Step-DPO's test files: instruction, answer (a list)
   AQuA: question, options, correct
   plain: prompt, answer"""
+LONGEST_ANSWER = 10_000  # characters
 
 
 class Problem(NamedTuple):
@@ -41,16 +43,48 @@ def read_problems(path: str) -> list[Problem]:
 
     Raises InputError naming file and line; for an unknown format it lists the known ones.
     """
-    problems: dict[str, Problem] = {}
+    problems: dict[str, tuple[str, Problem]] = {}
     for where, row in read_rows(path):
-        prompt, answer, reference = _fields(where, row)
-        if not isinstance(prompt, str) or not prompt.strip() or answer is None or not str(answer).strip():
-            raise InputError(f"{where}: the problem or its answer is missing or empty")
-        if prompt not in problems:
-            dataset = str(row.get("dataset") or os.path.basename(path).split(".")[0])
-            reference = str(reference).strip() if reference else None
-            problems[prompt] = Problem(dataset, prompt, str(answer).strip(), reference)
-    return list(problems.values())
+        problem = _problem(where, row, name=os.path.basename(path).split(".")[0])
+        first, known = problems.setdefault(problem.prompt, (where, problem))
+        if problem.answer != known.answer:
+            raise InputError(f"{where}: has the same problem as {first}, with another answer "
+                             f"({known.answer[:80]!r} there, {problem.answer[:80]!r} here); remove one")
+    return [problem for _, problem in problems.values()]
+
+
+def _problem(where: str, row: dict, name: str) -> Problem:
+    """Of a row in one of FORMATS; `name` is that of the dataset, if the row has none."""
+    prompt, answer, reference = _fields(where, row)
+    if isinstance(prompt, list):
+        if [isinstance(turn, dict) and turn.get("role") for turn in prompt] != ["user"]:
+            raise InputError(f"{where}: the problem must be text, or a list of one message of the user")
+        prompt = prompt[0].get("content")
+    answers = answer if isinstance(answer, list) else [answer]
+
+    problem = Problem(_text(where, "dataset", row.get("dataset") or name),
+                      _text(where, "problem", prompt),
+                      ", ".join(_text(where, "answer", one) for one in answers).strip(),
+                      _text(where, "worked solution", reference).strip() or None)
+    if not problem.prompt.strip() or not problem.answer:
+        raise InputError(f"{where}: the problem or its answer is missing or empty")
+    if len(problem.answer) > LONGEST_ANSWER:
+        raise InputError(f"{where}: the answer has {len(problem.answer):,} characters, and may have "
+                         f"{LONGEST_ANSWER:,}; is it a worked solution?")
+    return problem
+
+
+def _text(where: str, name: str, value: Any) -> str:
+    """A text or number as text, nothing as "". Raises InputError if it is anything else."""
+    if value is None:
+        return ""
+    is_number = type(value) is int or type(value) is float and math.isfinite(value)  # True is an int too
+    if not isinstance(value, str) and not is_number:
+        raise InputError(f"{where}: the {name} must be text or a finite number, got {type(value).__name__}")
+    if re.search("[\ud800-\udfff]", str(value)):
+        raise InputError(f"{where}: the {name} has half a character (a lone surrogate); "
+                         "remove the row or repair it")
+    return str(value)
 
 
 def _fields(where: str, row: dict) -> tuple:
@@ -58,25 +92,26 @@ def _fields(where: str, row: dict) -> tuple:
     reference = row.get("solution") or row.get("output") or row.get("rationale")
 
     if "question" in row and "options" in row and "correct" in row:
-        options = [re.sub(r"^\s*\(?([A-Z])\s*\)\s*", r"(\1) ", str(option)) for option in row["options"]]
-        return f"{row['question']}\nAnswer choices: {' '.join(options)}", row["correct"], reference
+        if not isinstance(row["options"], list):
+            raise InputError(f'{where}: "options" must be a list, got {type(row["options"]).__name__}')
+        options = [re.sub(r"^\s*\(?([A-Z])\s*\)\s*", r"(\1) ", _text(where, "option", option))
+                   for option in row["options"]]
+        question = _text(where, "problem", row["question"])
+        return f"{question}\nAnswer choices: {' '.join(options)}", row["correct"], reference
 
     if "question" in row and "answer" in row:
-        worked, mark, answer = str(row["answer"]).rpartition("####")
+        worked, mark, answer = _text(where, "answer", row["answer"]).rpartition("####")
         if not mark:
             raise InputError(f'{where}: "answer" must end in "#### N", as in GSM8K; for a bare answer '
                              'name the fields "prompt" and "answer"')
         return row["question"], answer, worked
 
     if "problem" in row and "solution" in row and "answer" not in row:
-        return row["problem"], extract_answer(str(reference)), reference
+        return row["problem"], extract_answer(_text(where, "worked solution", reference)), reference
 
     for name in ("problem", "instruction", "prompt"):
         if name in row and "answer" in row:
-            answer = row["answer"]
-            if isinstance(answer, list):
-                answer = ", ".join(str(one) for one in answer)
-            return row[name], answer, reference
+            return row[name], row["answer"], reference
 
     raise InputError(f"{where}: unknown format ({', '.join(row) or 'empty'}); known are\n  {FORMATS}")
 

@@ -8,6 +8,7 @@ So a run that was stopped at any point runs again from its start, and finds all 
 import datetime
 import glob
 import json
+import math
 import os
 import random
 import re
@@ -25,11 +26,11 @@ from tqdm import tqdm
 
 from data import open_turn, read_tokenizer, tokenize
 from files import InputError, content_key, lock, parse_json, read_bytes, writing
-from storage import model_identity
+from storage import FLOATS, model_identity, reading
 
 from .grading import extract_answer, is_correct
 from .problems import Problem
-from .server import post_all
+from .server import post_all, served_model
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,10 @@ class Settings:
     def identity(self) -> dict[str, Any]:
         """All that a sample depends on, besides its prefix."""
         names = ("template", "instruction", "temperature", "top_p", "max_new_tokens", "seed", "dtype")
-        model = self.server_model or model_identity(self.model)
+        if self.server:
+            model = served_model(self.server, self.server_model)
+        else:
+            model = model_identity(self.model)
         return {"model": model, **{name: getattr(self, name) for name in names}}
 
 
@@ -60,7 +64,7 @@ class Sample(NamedTuple):
     solution: str           # the prefix and its continuation
     predicted: str | None   # its final answer
     correct: bool
-    cut: bool               # ended by max_new_tokens, not by the model
+    cut: bool               # ended by max_new_tokens or for lack of positions, not by the model
     tokens: int             # of the continuation
 
     @property
@@ -74,14 +78,16 @@ class Sample(NamedTuple):
 class Cache:
     """A JSONL file of rows, each under a key, that is only ever added to.
 
-    Its first line are the settings that all rows depend on; with others the file is refused. Each rank of
-    torchrun adds to a file of its own (FILE.jsonl, FILE.rank1.jsonl, ...), and reads all of them. A last line
-    that a kill -9 tore is dropped.
+    Its first line are the settings that all rows depend on; a file with others, or that begins with anything
+    else, is refused and not touched. Each rank of torchrun adds to a file of its own (FILE.jsonl,
+    FILE.rank1.jsonl, ...), and reads all of them. A last line that a kill -9 tore is dropped.
     """
 
-    def __init__(self, path: str, settings: dict[str, Any]):
+    def __init__(self, path: str, settings: dict[str, Any], types: dict[str, Any] | None = None):
+        """`types` are those of the fields that each row must have, besides its key."""
         self.rows: dict[str, dict] = {}
         self.unshared: list[dict] = []
+        self.settings, self.types = settings, {"key": str, **(types or {})}
         self.rank, self.ranks, self.group = 0, 1, None
         if dist.is_initialized():
             self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
@@ -90,12 +96,15 @@ class Cache:
         stem = path.removesuffix(".jsonl")
         own = path if self.rank == 0 else f"{stem}.rank{self.rank}.jsonl"
 
-        self.file = lock(own)  # for as long as the cache: closing it would give up the lock
-        self.file.seek(0)
-        complete = self._take_in(own, self.file.read(), settings)
+        if os.path.islink(own):
+            raise InputError(f"{own}: is a link, and what it leads to is not written to; "
+                             "remove the link, or choose another --out")
         for other in (path, *sorted(glob.glob(f"{glob.escape(stem)}.rank*.jsonl"))):
             if other != own and os.path.exists(other):
-                self._take_in(other, read_bytes(other), settings)
+                self._take_in(other, read_bytes(other))
+        self.file = lock(own)  # for as long as the cache: closing it would give up the lock
+        self.file.seek(0)
+        complete = self._take_in(own, self.file.read())
 
         if len(set(self._gathered(len(self.rows)))) > 1:  # waits: nobody adds before all have read
             raise InputError(f"{path}: the ranks see different files; --out must be one shared folder")
@@ -103,24 +112,31 @@ class Cache:
         if complete == 0:
             self._write([{"settings": settings}])
 
-    def _take_in(self, path: str, content: bytes, settings: dict[str, Any]) -> int:
-        """Add a file's rows. Returns the length of its complete lines."""
-        length = content.rfind(b"\n") + 1
-        for number, line in enumerate(content[:length].splitlines(), 1):
-            row = parse_json(f"{path}:{number}", line)
-            if number > 1:
+    def _take_in(self, path: str, content: bytes) -> int:
+        """Add a file's rows. Returns the length of its complete lines. Raises InputError if not ours."""
+        *lines, torn = content.split(b"\n")
+        if not lines and not line_of({"settings": self.settings}).startswith(torn):
+            lines = [torn]  # not the beginning of our first line, so it has to be refused
+
+        for number, line in enumerate(lines, 1):
+            where = f"{path}:{number}"
+            if number == 1:
+                first = parse_row(where, line, {"settings": dict}, "choose another --out")
+                self._refuse_other_settings(path, first["settings"])
+            else:
+                row = parse_row(where, line, self.types, "remove that line, and what it held is made again")
                 self.rows.setdefault(row["key"], row)
-                continue
-            known = row.get("settings", {})
-            for name, value in settings.items():
-                if known.get(name) != value:
-                    raise InputError(f"{path}: was made with {name} = {known.get(name)!r}, and this is "
-                                     f"{value!r}; use the same setting to continue it, or another --out")
-        return length
+        return len(content) - len(torn)
+
+    def _refuse_other_settings(self, path: str, known: dict[str, Any]) -> None:
+        for name, value in self.settings.items():
+            if known.get(name) != value:
+                raise InputError(f"{path}: was made with {name} = {known.get(name)!r}, and this is "
+                                 f"{value!r}; use the same setting to continue it, or another --out")
 
     def _write(self, rows: list[dict]) -> None:
         with writing(self.file.name):
-            self.file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+            self.file.write(b"".join(map(line_of, rows)))
             self.file.flush()
             os.fsync(self.file.fileno())
 
@@ -143,6 +159,23 @@ class Cache:
         self.unshared = []
 
 
+def line_of(row: dict) -> bytes:
+    return json.dumps(row).encode() + b"\n"
+
+
+def parse_row(where: str, line: bytes, types: dict[str, Any], remedy: str) -> dict:
+    """A line of a cache. Raises InputError if it does not have fields of these types."""
+    try:
+        row = parse_json(where, line)
+    except InputError as error:  # which does not say yet what to do
+        raise InputError(f"{error}; {remedy}") from None
+    for name, kind in types.items():
+        if not isinstance(row, dict) or name not in row or not isinstance(row[name], kind):
+            raise InputError(f"{where}: was not written by this command, or is damaged (look at {name!r}); "
+                             f"{remedy}")
+    return row
+
+
 # ------------------------------------------------------------------------------------------------ the samples
 
 
@@ -152,7 +185,7 @@ class Samples:
     def __init__(self, path: str, settings: Settings, sampler: Any = None, tokenizer: Any = None):
         self.settings = settings
         self.tokenizer = tokenizer or read_tokenizer(settings.model)
-        self.cache = Cache(path, settings.identity())
+        self.cache = Cache(path, settings.identity(), Sample.__annotations__)
         kind = ServerSampler if settings.server else LocalSampler
         self.sampler = sampler or kind(settings, self.tokenizer)
         self.tokens = 0  # that this rank has sampled
@@ -220,7 +253,7 @@ class Continuation(NamedTuple):
 
     text: str
     tokens: int
-    cut: bool  # ended by max_new_tokens, not by the model
+    cut: bool  # ended by max_new_tokens or for lack of positions, not by the model
 
 
 def graded_row(key: str, problem: Problem, prefix: str, drawn: Continuation) -> dict:
@@ -239,23 +272,36 @@ def graded_row(key: str, problem: Problem, prefix: str, drawn: Continuation) -> 
 class ServerSampler:
     """An OpenAI-compatible server. Prompts go as token ids: exactly what is trained on."""
 
+    # An absent field takes the server's default, which vLLM has from the model's generation_config.json.
+    neutral = {"repetition_penalty": 1.0, "top_k": -1, "min_p": 0.0, "presence_penalty": 0.0,
+               "frequency_penalty": 0.0}
+
     def __init__(self, settings: Settings, tokenizer: Any):
-        self.settings = settings
+        self.settings, self.tokenizer = settings, tokenizer
 
     def sample(self, wanted: list[tuple[list[int], str]]) -> Iterator[list[tuple[int, Continuation]]]:
-        # All sampling fields are sent, because an absent one takes the server's own default.
         settings = self.settings
         common = {"model": settings.server_model, "max_tokens": settings.max_new_tokens, "n": 1,
-                  "temperature": settings.temperature, "top_p": settings.top_p, "stream": False}
+                  "temperature": settings.temperature, "top_p": settings.top_p, **self.neutral,
+                  "stream": False}
         bodies = [{**common, "prompt": ids, "seed": int(content_key(name)[:7], 16)} for ids, name in wanted]
 
-        def continuation(reply: dict) -> Continuation:
-            choice = reply["choices"][0]
-            return Continuation("" + choice["text"], reply["usage"]["completion_tokens"],
-                                choice["finish_reason"] == "length")
+        for i, (text, tokens, cut) in post_all(settings.server, "completions", bodies, settings.concurrency,
+                                               self._read):
+            if type(tokens) is not int or tokens < 0:  # not every server counts; tokenizers dislike threads
+                tokens = len(self.tokenizer(text, add_special_tokens=False).input_ids)
+            yield [(i, Continuation(text, tokens, cut))]
 
-        for drawn in post_all(settings.server, "completions", bodies, settings.concurrency, continuation):
-            yield [drawn]
+    def _read(self, reply: dict) -> tuple[str, Any, bool]:
+        """(text, tokens if the server says how many, whether it was cut) or whatever an odd reply raises."""
+        choice, usage = reply["choices"][0], reply.get("usage")
+        text, ended_by = choice["text"], choice["finish_reason"]
+        if ended_by not in ("stop", "length"):  # as "abort" or "error", of which the text is only a part
+            raise ValueError(f"finish_reason is {ended_by!r}")
+        if len(text.encode()) > 1000 * self.settings.max_new_tokens:  # encode: no half characters either
+            raise ValueError(f"text of {len(text)} characters, more than max_tokens can be")
+        tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
+        return text, tokens, ended_by == "length"
 
 
 class LocalSampler:
@@ -275,20 +321,35 @@ class LocalSampler:
     @cached_property
     def model(self) -> Any:
         from transformers import AutoModelForCausalLM
+        folder = self.settings.model
         dtype = self.settings.dtype or ("bfloat16" if self.device != "cpu" else "float32")
-        model = AutoModelForCausalLM.from_pretrained(self.settings.model, dtype=getattr(torch, dtype))
-        return model.to(self.device).eval()
+        with reading(folder):
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, dtype), trust_remote_code=False, output_loading_info=True,
+                ignore_mismatched_sizes=True)  # they are in `found` then, by name
+            model = model.to(self.device).eval()
+        refuse_other_tensors(folder, model, found)
+        return model
 
     @cached_property
     def end_tokens(self) -> set[int]:
-        ends = self.model.generation_config.eos_token_id
-        return {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+        ends = getattr(self.model.generation_config, "eos_token_id", None)
+        ends = [self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
+        with reading(self.settings.model):
+            return {int(end) for end in ends if end is not None}
+
+    @cached_property
+    def limit(self) -> float:
+        """Tokens of prompt and continuation together at most."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
     def sample(self, wanted: list[tuple[list[int], str]]) -> Iterator[list[tuple[int, Continuation]]]:
         """Batches of prompts of similar length, as large as the budget allows, halved if memory runs out."""
         def room(i: int) -> int:
-            return len(wanted[i][0]) + self.settings.max_new_tokens
+            return min(len(wanted[i][0]) + self.settings.max_new_tokens, self.limit)
 
+        for ids, _ in wanted:
+            self._refuse_unreadable(ids)
         order = sorted(range(len(wanted)), key=lambda i: (len(wanted[i][0]), wanted[i]))
         while order:
             size = 1  # of the sorted prompts the last is the longest, and all are padded to it
@@ -302,6 +363,16 @@ class LocalSampler:
                 continue
             yield list(zip(batch, continuations, strict=True))
             order = order[size:]
+
+    def _refuse_unreadable(self, ids: list[int]) -> None:
+        folder, embeddings = self.settings.model, len(self.model.get_input_embeddings().weight)
+        if max(ids) >= embeddings:
+            raise InputError(f"{folder}: its tokenizer gives token {max(ids)}, but its model knows only "
+                             f"{embeddings}; use the tokenizer that belongs to the model")
+        if len(ids) >= self.limit:
+            begin = self.tokenizer.decode(ids, skip_special_tokens=True)[:200]
+            raise InputError(f"{folder}: takes {self.limit} tokens at most (max_position_embeddings), and a "
+                             f"prompt has {len(ids)}; remove its problem: {begin!r}...")
 
     def _draw_or_none(self, wanted: list[tuple[list[int], str]]) -> list[Continuation] | None:
         """None if memory runs out."""
@@ -331,7 +402,7 @@ class LocalSampler:
             for i, chosen in zip(alive, token.tolist(), strict=True):
                 new_tokens[i].append(chosen)
 
-            stay = [j for j, i in enumerate(alive) if not self._has_ended(new_tokens[i])]
+            stay = [j for j, i in enumerate(alive) if not self._has_ended(wanted[i][0], new_tokens[i])]
             if not stay:
                 return [self._continuation(ids, new)
                         for (ids, _), new in zip(wanted, new_tokens, strict=True)]
@@ -359,8 +430,9 @@ class LocalSampler:
         out = self.model(ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
         return mask, out.logits[:, -1], out.past_key_values
 
-    def _has_ended(self, new: list[int]) -> bool:
-        return new[-1] in self.end_tokens or len(new) >= self.settings.max_new_tokens
+    def _has_ended(self, ids: list[int], new: list[int]) -> bool:
+        most = min(self.settings.max_new_tokens, self.limit - len(ids))
+        return new[-1] in self.end_tokens or len(new) >= most
 
     def _choose(self, logits: Tensor, numbers: list[float]) -> Tensor:
         """(N,) tokens of (N, V) logits: the likeliest, or of the top-p nucleus, by a uniform number a row."""
@@ -387,3 +459,18 @@ class LocalSampler:
         before = self.tokenizer.decode(ids, skip_special_tokens=True)
         whole = self.tokenizer.decode(ids + new, skip_special_tokens=True)
         return Continuation(whole[len(before):], len(new), new[-1] not in self.end_tokens)
+
+
+def refuse_other_tensors(folder: str, model: Any, found: dict[str, Any]) -> None:
+    """Raise InputError if a number of the model is not finite, or not from its folder: it is random then."""
+    mismatched = [name for name, *_ in found["mismatched_keys"]]
+    left_over = [name for name in found["unexpected_keys"] if not name.endswith("inv_freq")]  # recomputed
+    for kind, names in (("missing", found["missing_keys"]), ("of another shape", mismatched),
+                        ("left over", left_over)):
+        if names:
+            raise InputError(f"{folder}: its tensors are not those of {type(model).__name__} with its "
+                             f"config.json: {kind}: {', '.join(sorted(names)[:3])} ({len(names)} in all)")
+    for name, tensor in model.named_parameters():
+        if tensor.dtype in FLOATS.values() and not tensor.isfinite().all():
+            raise InputError(f"{folder}: {name} holds numbers that are not finite: the file is damaged, "
+                             "or the model is")

@@ -20,56 +20,110 @@ PAUSE = 1.0      # seconds before the second try; then twice as long each time
 TIMEOUT = 600.0  # seconds for one try
 
 
-def post(url: str, body: dict) -> dict:
-    """POST JSON and return the JSON reply.
+class Refused(InputError):
+    """The server has answered, but not with what was asked for."""
+
+
+def api_key() -> str:
+    """OPENAI_API_KEY, without the line break of the file it was read from; "" if there is none."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise InputError("OPENAI_API_KEY: holds a character that no key has; set it again")
+    return key
+
+
+def shown(text: str) -> str:
+    """What a server or a library says, as one line without the key: servers repeat it in their errors."""
+    if api_key():
+        escaped_or_not = [rf"\\?{re.escape(character)}" for character in api_key()]
+        text = re.sub("".join(escaped_or_not), "***", text)
+    printable = "".join(character if character.isprintable() else " " for character in text[:2000])
+    return " ".join(printable.split())[:500]
+
+
+def fetch(url: str, body: dict | None = None) -> Any:
+    """The JSON reply to a POST of JSON, or without a body to a GET.
 
     Connection errors, broken replies, 408, 409, 429 and 5xx are tried again after a growing, jittered pause
-    (or what Retry-After says); any other status is an InputError at once.
+    (or what Retry-After says). Any other status is Refused at once.
     """
-    key = os.environ.get("OPENAI_API_KEY", "")  # never printed: servers repeat it in their errors
-    headers = {"Content-Type": "application/json"}
-    if key:
-        headers["Authorization"] = f"Bearer {key}"
+    data, headers = None, {"Content-Type": "application/json"}
+    if body is not None:
+        data = json.dumps(body).encode()
+    if api_key():
+        headers["Authorization"] = f"Bearer {api_key()}"
 
     for attempt in range(TRIES):
         pause = PAUSE * 2**attempt * random.uniform(0.5, 1)
         try:
-            request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+            request = urllib.request.Request(url, data, headers)
             with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
                 return json.loads(reply.read())
         except urllib.error.HTTPError as error:
-            problem = f"{error.code} {error.reason}"
+            kind, problem = Refused, f"{error.code} {error.reason}"
             with suppress(OSError, http.client.HTTPException):
-                problem += ": " + error.read(500).decode(errors="replace")
-            problem = problem.replace(key, "***") if key else problem
-            if error.code not in (408, 409, 429) and error.code < 500:
-                raise InputError(f"{url}: {problem}") from None
+                problem += ": " + error.read(65536).decode(errors="replace")
+            may_pass = error.code in (408, 409, 429) or error.code >= 500 and error.code != 501
+            if not may_pass:
+                raise Refused(f"{url}: {shown(problem)}{hint(error.code, body)}") from None
             retry_after = error.headers.get("Retry-After", "")
             if re.fullmatch(r"\d+(\.\d+)?", retry_after):
                 pause = min(float(retry_after), 120)
-        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: not all JSON
-            problem = f"{type(error).__name__}: {error}"
+        except (OSError, http.client.HTTPException) as error:
+            kind, problem = InputError, f"{type(error).__name__}: {error}"
+        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, thousands of brackets
+            kind, problem = Refused, f"{type(error).__name__}: {error}"
         if attempt < TRIES - 1:
             time.sleep(pause)
-    raise InputError(f"{url}: gave up after {TRIES} tries, the last: {problem}; the same command continues")
+    raise kind(f"{url}: gave up after {TRIES} tries, the last: {shown(problem)}; the same command continues")
+
+
+def hint(status: int, body: dict | None) -> str:
+    if body is None or status not in (400, 422):
+        return ""
+    return (f"; the fields sent are {', '.join(body)} (vLLM takes these, best started with "
+            "`--generation-config vllm`)")
+
+
+def ask(url: str, take: Callable[[Any], Any], body: dict | None = None) -> Any:
+    """Fetch JSON and return take(reply). Raises Refused if `take` finds something odd."""
+    reply = fetch(url, body)
+    try:
+        return take(reply)
+    # A reply may be of any shape, so it fails where `take` first looks for what is not there.
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        odd = shown(f"({type(error).__name__}: {error}): {json.dumps(reply)}")
+        raise Refused(f"{url}: not the reply of an OpenAI-compatible server {odd}") from None
+
+
+def api_url(server: str, path: str) -> str:
+    return f"{server.rstrip('/').removesuffix('/v1')}/v1/{path}"
+
+
+def served_model(server: str, name: str) -> str:
+    """The model that a server has under a name, and what it was loaded from, where the server tells (vLLM).
+
+    Raises InputError if the server lists its models, and there is none of that name.
+    """
+    try:
+        roots = ask(api_url(server, "models"),
+                    lambda reply: {entry["id"]: entry.get("root") for entry in reply["data"]})
+    except Refused:  # not every server has this list, or in this form
+        return name
+    if name not in roots:
+        raise InputError(f"{server}: does not serve {name!r} (--server-model), "
+                         f"but: {shown(', '.join(map(str, roots))) or 'nothing'}")
+    root = roots[name]
+    return f"{name} ({root})" if root and root != name else name
 
 
 def post_all(server: str, path: str, bodies: list[dict], concurrency: int,
-             take: Callable[[dict], Any]) -> Iterator[tuple[int, Any]]:
+             take: Callable[[Any], Any]) -> Iterator[tuple[int, Any]]:
     """Post all bodies to /v1/`path`, `concurrency` at a time; yields (index, take(reply)) as they come."""
-    url = f"{server.rstrip('/').removesuffix('/v1')}/v1/{path}"
-
-    def post_one(body: dict) -> Any:
-        reply = post(url, body)
-        try:
-            return take(reply)
-        except (KeyError, IndexError, TypeError) as error:
-            raise InputError(f"{url}: not the reply of an OpenAI-compatible server ({type(error).__name__}: "
-                             f"{error}): {json.dumps(reply)[:300]}") from None
-
+    url = api_url(server, path)
     pool = ThreadPoolExecutor(concurrency)
     try:
-        futures = {pool.submit(post_one, body): i for i, body in enumerate(bodies)}
+        futures = {pool.submit(ask, url, take, body): i for i, body in enumerate(bodies)}
         for future in as_completed(futures):
             yield futures[future], future.result()
     finally:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 
 from data import read_rows
-from files import InputError, add_lines, print0, write_atomically
+from files import InputError, add_lines, print0, read_bytes, write_atomically
 
 from .grading import paired_gain, wilson_interval
 from .judge import Judge
@@ -141,7 +141,7 @@ def locate_by_rollouts(rows: list[Wrong], samples: Samples, args: Namespace) -> 
     a guess from few samples, so fresh ones confirm the drop over that one step.
     """
     # Problems that the model never solves are given up early, after few samples.
-    for count in (args.screen, args.rollouts):
+    for count in (min(args.screen, args.rollouts), args.rollouts):
         still_open = open_rows(rows)
         rates = pass_rates([row.after(0) for row in still_open], samples, count)
         for row, rate in zip(still_open, rates, strict=True):
@@ -216,10 +216,7 @@ def take_filled_in(path: str, rows: list[Wrong]) -> list[Wrong]:
     Lines are known by problem and solution, so they may be moved, and none is ever changed or removed.
     Raises InputError if a step is none of its solution's.
     """
-    filled_in = {}
-    for where, line in read_rows(path) if os.path.exists(path) else []:
-        filled_in[line.get("prompt"), line.get("solution")] = where, line.get("step")
-
+    filled_in = read_filled_in(path)
     new = []
     for row in rows:
         place = row.problem.prompt, row.solution
@@ -229,11 +226,32 @@ def take_filled_in(path: str, rows: list[Wrong]) -> list[Wrong]:
         n = len(row.steps)
         if row.step is None:
             row.status = "located: not filled in yet"
-        elif type(row.step) is not int or not 0 <= row.step <= n:
-            raise InputError(f"{where}: step must be 0 (none is wrong) to {n}, or null, not {row.step!r}")
+        elif row.step > n:
+            raise InputError(f"{where}: step must be 0 (none is wrong) to {n}, or null, not {row.step}")
         elif row.step == 0:
             row.status = "located: no wrong step"
     return new
+
+
+def read_filled_in(path: str) -> dict[tuple[str, str], tuple[str, int | None]]:
+    """By problem and solution: the line, and the step that is written there."""
+    filled_in: dict[tuple[str, str], tuple[str, int | None]] = {}
+    has_rows = os.path.exists(path) and read_bytes(path).strip()
+    for where, line in read_rows(path) if has_rows else []:
+        for name in ("step", "prompt", "solution"):
+            if name not in line:
+                raise InputError(f"{where}: has no {name!r}; repair or remove that line")
+        step, place = line["step"], (line["prompt"], line["solution"])
+        if not all(isinstance(text, str) for text in place):
+            raise InputError(f"{where}: 'prompt' and 'solution' must be text; repair or remove that line")
+        if step is not None and (type(step) is not int or step < 0):
+            raise InputError(f"{where}: step must be 0 (none is wrong) to the number of its steps, or "
+                             f"null, not {step!r}")
+        first, known = filled_in.setdefault(place, (where, step))
+        if step != known:
+            raise InputError(f"{where}: step is {step}, and for the same solution {known} in {first}; "
+                             "remove one of these lines")
+    return filled_in
 
 
 # ---------------------------------------------------------------------------------------------------- rectify
@@ -378,6 +396,8 @@ def write_rows(path: str, rows: list[dict], mode: str = "w") -> None:
     if mode == "w":
         write_atomically(path, text)
     elif rows:
+        if os.path.exists(path) and not read_bytes(path).endswith(b"\n"):
+            text = "\n" + text  # an editor has left the last line without its end
         add_lines(path, text)
 
 

@@ -9,6 +9,8 @@ import multiprocessing
 import os
 import random
 import re
+import resource
+import shutil
 import signal
 import socket
 import struct
@@ -21,15 +23,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import data
+import files
 from conftest import ENVIRONMENT, HERE, TORCHRUN, rows_of, write_jsonl
 from files import InputError
 from pairs import __main__ as command_line
 from pairs import grading, sampling, stages
 from pairs import server as client
 from pairs.grading import is_correct, paired_gain, wilson_interval
-from pairs.judge import first_error
+from pairs.judge import Judge, first_error
 from pairs.problems import Problem, find_steps, read_problems
 from pairs.sampling import Cache, Continuation, LocalSampler, Settings
 
@@ -96,6 +100,56 @@ def test_bad_problems_are_named_by_file_and_line(tmp_path, text, message):
     (tmp_path / "p.jsonl").write_text('{"prompt": "fine", "answer": "1"}\n' + text + "\n")
     with pytest.raises(InputError, match=message):
         read_problems(str(tmp_path / "p.jsonl"))
+
+
+def one_line(error) -> str:
+    """The message of an InputError, which is one line without control characters."""
+    message = str(error.value)
+    assert message.isprintable() and len(message) < 1500
+    return message
+
+
+@pytest.mark.parametrize("fields, message", [
+    ('"answer": {"a": 1}', "the answer must be text or a finite number, got dict"),
+    ('"answer": [{"a": 1}]', "the answer must be text or a finite number, got dict"),
+    ('"answer": true', "the answer must be text or a finite number, got bool"),
+    ('"answer": NaN', "the answer must be text or a finite number, got float"),
+    ('"answer": [1, -Infinity]', "the answer must be text or a finite number, got float"),
+    ('"answer": null', "the problem or its answer is missing"), ('"answer": []', "is missing or empty"),
+    (f'"answer": {"[" * 400}{"]" * 400}', "the answer must be text or a finite number, got list"),
+    (f'"answer": {"[" * 99999}{"]" * 99999}', "not a row: maximum recursion depth"),
+    (f'"answer": {"9" * 9999}', "not a row: Exceeds the limit"),
+    (f'"answer": "{"9" * 10**7}"', "the answer has 10,000,000 characters, and may have 10,000; is it"),
+    ('"answer": "\\ud800"', "the answer has half a character"),
+    ('"answer": 1, "prompt": "\\udfff"', "the problem has half a character"),
+    ('"answer": 1, "dataset": "\\udfff"', "the dataset has half a character"),
+    ('"answer": 1, "prompt": {"a": 1}', "the problem must be text or a finite number, got dict"),
+    ('"answer": 1, "solution": ["a"]', "the worked solution must be text or a finite number, got list"),
+    ('"answer": 1, "prompt": []', "the problem must be text, or a list of one message of the user"),
+    ('"answer": 1, "prompt": [{"role": "user"}, {"role": "user"}]', "or a list of one message of the user"),
+    ('"answer": 1, "prompt": [{"role": "system", "content": "x"}]', "or a list of one message of the user"),
+    ('"answer": 1, "prompt": [{"role": "user", "content": ["x"]}]', "the problem must be text or a finite"),
+    ('"answer": 1, "prompt": [{"role": "user"}]', "the problem or its answer is missing or empty"),
+    ('"question": "x", "options": "A) 3", "correct": "A"', '"options" must be a list, got str'),
+    ('"question": "x", "options": null, "correct": "A"', '"options" must be a list, got NoneType'),
+    ('"question": "x", "options": [{}], "correct": "A"', "the option must be text or a finite number"),
+    ('"question": {"a": 1}, "answer": "#### 4"', "the problem must be text or a finite number, got dict"),
+    ('"question": "x", "answer": {"####": 4}', "the answer must be text or a finite number, got dict"),
+    ('"prompt": "fine", "answer": "2"', r"the same problem as .*p\.jsonl:1, with another answer \('1' there"),
+])
+def test_odd_problems_are_one_line_with_file_and_line(tmp_path, fields, message):
+    row = "{" + ("" if '"prompt"' in fields or '"question"' in fields else '"prompt": "x", ') + fields + "}"
+    (tmp_path / "p.jsonl").write_text('{"prompt": "fine", "answer": "1"}\n' + row + "\n")
+    with pytest.raises(InputError) as error:
+        read_problems(str(tmp_path / "p.jsonl"))
+    assert re.search(rf"p\.jsonl:2: .*{message}", one_line(error))
+
+
+def test_a_prompt_may_be_one_message_of_the_user(tmp_path):
+    rows = [dict(prompt=[dict(role="user", content="How many?")], answer=7.5), dict(prompt="How many?",
+                                                                                    answer="7.5")]
+    found = read_problems(write_jsonl(tmp_path / "p.jsonl", rows))
+    assert found == [Problem("p", "How many?", "7.5", None)]
 
 
 # ---------------------------------------------------------------------------------------------------- grading
@@ -361,6 +415,86 @@ def test_what_other_ranks_have_drawn_is_read_whatever_their_number_was(tmp_path)
         Cache(str(tmp_path / "a.jsonl"), dict(seed=1))
 
 
+OURS = b'{"settings": {"seed": 1}}\n{"key": "x", "reply": "a"}\n'
+REMOVE, ANOTHER = "remove that line, and what it held is made again$", "choose another --out$"
+
+
+@pytest.mark.parametrize("content, line, message", [
+    (b"my notes\n", 1, f"not valid JSON.*{ANOTHER}"), (b"my notes", 1, f"not valid JSON.*{ANOTHER}"),
+    (b'{"mine": 1}\n', 1, f"not written by this command.*'settings'.*{ANOTHER}"),
+    (b'{"mine": 1}', 1, f"not written by this command.*{ANOTHER}"), (b"[1]\n", 1, ANOTHER),
+    (b"7", 1, ANOTHER),
+    (b'{"settings": [1]}\n', 1, ANOTHER), (b"\n" + OURS, 1, ANOTHER), (b"\x1f\x8b\xff\n", 1, "not UTF-8"),
+    (b"\0" * 99, 1, ANOTHER), (b'{"settings": {"seed": 2}}', "", "seed = 2, and this is 1"),
+    (OURS + b"[1]\n", 3, f"not written by this command.*{REMOVE}"), (OURS + b"null\n", 3, REMOVE),
+    (OURS + b'{"reply": "a"}\n', 3, f"look at 'key'.*{REMOVE}"), (OURS + b'{"key": 1}\n', 3, REMOVE),
+    (OURS + b'{"key": ["x"], "reply": "a"}\n', 3, REMOVE), (OURS + b'{"key": "y"}\n', 3, "look at 'reply'"),
+    (OURS + b'{"key": "y", "reply": null}\n', 3, "look at 'reply'"), (OURS + b"\0\0\0\n", 3, REMOVE),
+    (OURS + b"\xff\r\xfe\n" + OURS[26:], 3, f"not UTF-8.*{REMOVE}"), (OURS + b"\n", 3, REMOVE),
+    (OURS + b'{"key": "y", "reply": "b"}{"key": "z", "reply": "b"}\n', 3, f"not valid JSON.*{REMOVE}"),
+])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.rank1.jsonl"])
+def test_a_file_that_is_no_cache_is_refused_by_its_line_and_not_touched(tmp_path, name, content, line,
+                                                                        message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        Cache(str(tmp_path / "a.jsonl"), dict(seed=1), {"reply": str})
+    assert re.search(rf"{re.escape(name)}:{line}.*{message}", one_line(error))
+    assert path.read_bytes() == content and os.listdir(tmp_path) == [name]  # and no other was made
+
+
+def test_a_row_without_what_a_sample_needs_is_refused_by_its_line(tokenizer, tmp_path):
+    run_scripted(tmp_path, tokenizer, Scripted(tokenizer), problems=2, command="solve")
+    settings, first, *rest = (tmp_path / "out/samples.jsonl").read_text().splitlines(keepends=True)
+    for change in (dict(solution=None), dict(correct="no"), dict(cut=0), dict(tokens="5"), dict(predicted=7)):
+        changed = json.dumps(json.loads(first) | change) + "\n"
+        (tmp_path / "out/samples.jsonl").write_text("".join([settings, *rest, changed]))
+        with pytest.raises(InputError, match=rf"samples\.jsonl:5: .*look at '{[*change][0]}'.*; remove that"):
+            run_scripted(tmp_path, tokenizer, Scripted(tokenizer), command="solve")
+
+
+@pytest.mark.parametrize("target", ["absent", "empty", "foreign", "ours"])
+def test_a_cache_is_not_written_through_a_link(tmp_path, target):
+    content = dict(absent=None, empty=b"", foreign=b"my notes", ours=OURS)[target]
+    if content is not None:
+        (tmp_path / "target").write_bytes(content)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/a.jsonl").symlink_to(tmp_path / "target")
+    with pytest.raises(InputError) as error:
+        Cache(str(tmp_path / "out/a.jsonl"), dict(seed=1))
+    assert re.search(r"a\.jsonl: is a link.*; remove the link, or choose another --out", one_line(error))
+    assert (tmp_path / "out/a.jsonl").is_symlink() and (tmp_path / "target").exists() == (content is not None)
+    assert content is None or (tmp_path / "target").read_bytes() == content
+
+
+def _add_on_a_full_disk(path):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+    cache = Cache(path, dict(seed=1))
+    files.run_command("test", lambda: [cache.add([row(f"{n:020}")]) for n in range(99)])
+
+
+def test_on_a_full_disk_what_was_written_before_stays(tmp_path, capfd):
+    path = str(tmp_path / "a.jsonl")
+    child = CHILDREN.Process(target=_add_on_a_full_disk, args=(path,))
+    child.start(), child.join()
+    assert child.exitcode == 2
+    said = capfd.readouterr().err
+    assert re.fullmatch(r"test: error: .*a\.jsonl: cannot be written: File too large\n", said)
+    cache = Cache(path, dict(seed=1))
+    assert [*cache.rows] == [f"{n:020}" for n in range(5)]
+    cache.add([row("x")])
+    assert rows_of(path)[-1] == row("x")
+
+
+def test_what_is_no_file_is_no_cache(tmp_path):
+    (tmp_path / "a.jsonl").mkdir()
+    with pytest.raises(InputError) as error:
+        Cache(str(tmp_path / "a.jsonl"), dict(seed=1))
+    assert "a.jsonl: cannot be written: Is a directory" in one_line(error)
+
+
 # --------------------------------------------------------------------------------------------------- sampling
 
 
@@ -436,14 +570,113 @@ def test_a_nucleus_wider_than_a_glance_is_drawn_from_too(tiny, tokenizer):
     assert 950 < len(drawn) < 1050 and min(drawn) > 900
 
 
+def damaged(tiny, tmp_path, **changed) -> str:
+    """A copy of a model folder with other tensors (None: without it)."""
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors") | changed
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None},
+              folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("changed, message", [
+    ({UP: None}, f"missing: {UP} \\(1 in all\\)"),
+    ({UP: torch.zeros(3, 4)}, f"of another shape: {UP} \\(1 in all\\)"),
+    ({"extra.weight": torch.zeros(3)}, r"left over: extra\.weight"),
+    ({UP: torch.full((64, 32), math.nan)}, f"{UP} holds numbers that are not finite"),
+    ({UP: torch.full((64, 32), -math.inf)}, f"{UP} holds numbers that are not finite"),
+])
+def test_a_model_whose_numbers_are_not_all_in_its_folder_is_refused(tiny, tokenizer, tmp_path, changed,
+                                                                    message):
+    folder = damaged(tiny, tmp_path, **changed)
+    with pytest.raises(InputError) as error:
+        all_of(local(folder, tokenizer), [([1], "a")])
+    assert re.search(f"{re.escape(folder)}: .*{message}", one_line(error))
+
+
+def test_frequencies_that_are_computed_anew_may_be_left_over(tiny, tokenizer, tmp_path):
+    folder = damaged(tiny, tmp_path, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)})
+    assert all_of(local(folder, tokenizer, max_new_tokens=2), [([1], "a")])
+
+
+@pytest.mark.parametrize("file, change, message", [
+    ("config.json", dict(model_type="nonesuch"), "ValueError: .*nonesuch"),
+    ("config.json", dict(hidden_size="x"), "hidden_size"),
+    ("config.json", "{", "config"), ("config.json", "[1]", "config"),
+    ("generation_config.json", dict(eos_token_id=[[1]]), "TypeError: int"),
+    ("model.safetensors", "too short", "SafetensorError"), ("model.safetensors", None, "no file named"),
+])
+def test_an_odd_model_folder_is_one_line(tiny, tokenizer, tmp_path, file, change, message):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    if change is None:
+        (folder / file).unlink()
+    elif isinstance(change, str):
+        (folder / file).write_text(change)
+    else:
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | change))
+    with pytest.raises(InputError) as error:
+        all_of(local(str(folder), tokenizer), [([1], "a")])
+    assert re.search(f"{re.escape(str(folder))}: .*({message})", one_line(error))
+
+
+def test_nothing_runs_code_that_came_with_a_model(tiny, tokenizer, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config |= dict(auto_map=dict(AutoConfig="code.C", AutoModelForCausalLM="code.M"), model_type="its_own")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'it ran')!r}, 'w')")
+    with pytest.raises(InputError) as error:
+        all_of(local(str(folder), tokenizer), [([1], "a")])
+    assert str(folder) in one_line(error) and not (tmp_path / "it ran").exists()
+
+
+@pytest.mark.parametrize("generation, named", [
+    (dict(eos_token_id=None), []), (dict(), []), (None, []), (dict(eos_token_id=7), [7]),
+    (dict(eos_token_id=[8, 7]), [7, 8])])
+def test_a_model_may_say_nothing_of_its_end_tokens(tiny, tokenizer, generation, named):
+    sampler = local(tiny, tokenizer)
+    if generation is not None:
+        generation = argparse.Namespace(**generation)
+    sampler.model = argparse.Namespace(generation_config=generation)
+    assert sampler.end_tokens == {tokenizer.eos_token_id, *named}
+
+
+def test_a_sample_ends_where_the_model_has_no_more_positions(tiny, tokenizer, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict(max_position_embeddings=20)))
+    ids = tokenizer("w " * 50).input_ids
+    for length in (1, 10, 19):
+        wide, narrow = local(tiny, tokenizer), local(str(folder), tokenizer)
+        wide.end_tokens = narrow.end_tokens = set()
+        (longer,), (drawn,) = [all_of(sampler, [(ids[:length], "a")]) for sampler in (wide, narrow)]
+        assert drawn.tokens == min(24, 20 - length) and drawn.cut
+        assert longer.text.startswith(drawn.text) and longer.tokens == 24
+
+    sampler = local(str(folder), tokenizer)
+    with pytest.raises(InputError) as error:
+        all_of(sampler, [([1], "a"), (tokenizer("Tom has 3 boxes" + " w" * 30).input_ids, "b")])
+    assert re.search(r"20 tokens at most.*has \d+; remove its problem: 'Tom has 3 boxes w", one_line(error))
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny, tokenizer):
+    with pytest.raises(InputError) as error:
+        all_of(local(tiny, tokenizer), [([1], "a"), ([5, len(tokenizer), 1], "b")])
+    assert re.search(rf"{re.escape(tiny)}: its tokenizer gives token {len(tokenizer)}, but", one_line(error))
+
+
 # ----------------------------------------------------------------------------------------------------- server
 
 
 class Server(http.server.ThreadingHTTPServer):
     """An OpenAI-compatible server that refuses whatever is not exactly in order, and fails as `faults` says,
-    one after the other. `answer(path, body)` gives the text."""
+    one after the other: a status, with headers in a tuple, what happens to the connection, or the bytes of a
+    whole reply. `answer(path, body)` gives the text, `models` what /v1/models replies."""
 
-    daemon_threads, request_queue_size = True, 100
+    daemon_threads, request_queue_size, models = True, 100, None
 
     def __init__(self, answer, faults=(), key=None):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -464,13 +697,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def reply(self, code, body, headers=(), cut=0):
-        text = json.dumps(body).encode()
+        text = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(code)
         for name, value in dict(headers, **{"Content-Type": "application/json",
                                             "Content-Length": len(text) - cut}).items():
             self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(text[:len(text) - cut])
+
+    def do_GET(self):
+        self.reply(404 if self.server.models is None else 200, self.server.models)
 
     def do_POST(self):
         server = self.server
@@ -488,7 +724,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         sampling = dict(model=str, temperature=(int, float), max_tokens=int, stream=bool)
         chat = self.path == "/v1/chat/completions"
         fields = sampling | (dict(messages=list) if chat
-                             else dict(prompt=list, n=int, top_p=(int, float), seed=int))
+                             else dict(prompt=list, n=int, top_p=(int, float), seed=int, top_k=int,
+                                       min_p=float, repetition_penalty=float, presence_penalty=float,
+                                       frequency_penalty=float))
         if server.key and self.headers["Authorization"] != f"Bearer {server.key}":
             return self.reply(401, dict(error=f"no such key: {self.headers['Authorization']}"))
         if self.path not in ("/v1/completions", "/v1/chat/completions"):
@@ -498,6 +736,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.reply(400, dict(error=f"bad fields {sorted(body)}"))
         if isinstance(fault, tuple):
             return self.reply(fault[0], dict(error="try later"), fault[1])
+        if isinstance(fault, bytes):
+            return self.reply(200, fault)
         if isinstance(fault, int):
             return self.reply(fault, dict(error=f"fault {fault} {self.headers['Authorization']}"))
         if fault == "hang":
@@ -569,8 +809,9 @@ def test_through_every_fault_of_a_server_nothing_is_lost_and_nothing_doubled(ser
 
 def test_retry_after_is_waited_for(serve):
     server, began = serve(lambda path, body: "", [(429, {"Retry-After": "0.7"})]), time.monotonic()
-    body = dict(model="m", prompt=[1], n=1, max_tokens=1, temperature=0, top_p=1, seed=0, stream=False)
-    assert client.post(f"{server.url}/v1/completions", body)["choices"] and time.monotonic() - began > 0.7
+    body = dict(model="m", messages=[], max_tokens=1, temperature=0, stream=False)
+    assert client.fetch(f"{server.url}/v1/chat/completions", body)["choices"]
+    assert time.monotonic() - began > 0.7
 
 
 @pytest.mark.parametrize("fault, tries, message", [
@@ -601,6 +842,141 @@ def test_no_server_at_all(tokenizer, tmp_path, monkeypatch, capsys):
         solve_on(nowhere, tokenizer, tmp_path)
     assert re.search("gave up after 6 tries, the last: URLError.*refused", capsys.readouterr().err)
 
+
+def sampler_on(server, tokenizer, **options) -> sampling.ServerSampler:
+    return sampling.ServerSampler(Settings("t", server=server.url, server_model="m", **options), tokenizer)
+
+
+def test_no_field_of_sampling_is_left_to_the_defaults_of_a_server(serve, tokenizer):
+    server = serve(lambda path, body: "so")
+    all_of(sampler_on(server, tokenizer, temperature=0.5, top_p=0.9, max_new_tokens=7), [([1, 2], "a")])
+    (body,) = server.served
+    assert body == dict(model="m", prompt=[1, 2], n=1, max_tokens=7, temperature=0.5, top_p=0.9, top_k=-1,
+                        min_p=0, repetition_penalty=1, presence_penalty=0, frequency_penalty=0, stream=False,
+                        seed=body["seed"])
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_server_that_is_too_strict_is_told_apart(serve, tokenizer, status):
+    with pytest.raises(InputError) as error:
+        all_of(sampler_on(serve(None, [status]), tokenizer), [([1], "a")])
+    assert re.search(rf"{status} .*fields sent are model, .*, repetition_penalty, top_k.* \(vLLM takes these,"
+                     " best started with `--generation-config vllm`", one_line(error))
+
+
+def reply_with(**changed) -> bytes:
+    return json.dumps(dict(choices=[dict(text=" two words", finish_reason="stop") | changed],
+                           usage=dict(completion_tokens=2))).encode()
+
+
+@pytest.mark.parametrize("reply, message", [
+    (b'{"choices": []}', "IndexError"), (b'{"choices": null}', "TypeError"),
+    (b'{"choices": {}}', "KeyError"),
+    (b"[1]", "TypeError"), (b"null", "TypeError"), (b'"text"', "TypeError"), (b"{}", "KeyError: 'choices'"),
+    (b'{"choices": [[1]]}', "TypeError"), (b'{"choices": ["a"]}', "TypeError"),
+    (reply_with(text=None), "AttributeError.*NoneType"), (reply_with(text=["a"]), "AttributeError.*list"),
+    (reply_with(text="\ud800"), "surrogates not allowed"), (reply_with(finish_reason="abort"), "is 'abort'"),
+    (reply_with(finish_reason=None), "finish_reason is None"), (reply_with(finish_reason=[1]), r"is \[1\]"),
+    (reply_with(text="x" * 10**7), "text of 10000000 characters, more than max_tokens can be"),
+    (b"\xff\xfe\xff", "UnicodeDecodeError"), (b"<html>\n", "JSONDecodeError"), (b"", "JSONDecodeError"),
+    (b"[" * 99999, "RecursionError"),
+])
+def test_an_odd_reply_is_one_line(serve, tokenizer, monkeypatch, reply, message):
+    monkeypatch.setattr(client, "PAUSE", 0)
+    with pytest.raises(InputError) as error:
+        all_of(sampler_on(serve(None, [reply] * 6), tokenizer), [([1], "a")])
+    assert re.search(f"v1/completions: (not the reply of|gave up after 6).*{message}", one_line(error))
+
+
+@pytest.mark.parametrize("usage, counted", [
+    (dict(completion_tokens=5), 5), (dict(completion_tokens=0), 0), (None, None), ({}, None), ([1], None),
+    (dict(completion_tokens=None), None), (dict(completion_tokens="5"), None), ("absent", None),
+    (dict(completion_tokens=5.5), None), (dict(completion_tokens=True), None),
+    (dict(completion_tokens=-1), None),
+])
+def test_tokens_that_a_server_does_not_count_are_counted_here(serve, tokenizer, usage, counted):
+    reply = json.loads(reply_with(finish_reason="length"))
+    reply["usage"] = usage
+    if usage == "absent":
+        del reply["usage"]
+    (drawn,) = all_of(sampler_on(serve(None, [json.dumps(reply).encode()]), tokenizer), [([1], "a")])
+    here = len(tokenizer(" two words").input_ids)
+    assert here > 1 and drawn == Continuation(" two words", here if counted is None else counted, True)
+
+
+@pytest.mark.parametrize("models, identity", [
+    (dict(data=[dict(id="m", root="org/model"), dict(id="x", root="y")]), "m (org/model)"),
+    (dict(data=[dict(id="m", root="m")]), "m"), (dict(data=[dict(id="m", root=None)]), "m"),
+    (dict(data=[dict(id="m")]), "m"), (None, "m"), (b"<html>", "m"), (dict(data=None), "m"), ([1], "m"),
+    (dict(error="no"), "m"), (dict(data=[dict(name="m")]), "m"), (dict(data=["m"]), "m"),
+    (dict(data=[dict(id=["m"])]), "m"),
+])
+def test_a_model_on_a_server_is_known_by_what_it_was_loaded_from(serve, monkeypatch, models, identity):
+    monkeypatch.setattr(client, "PAUSE", 0)
+    server = serve(None)
+    server.models = models
+    assert Settings("t", server=server.url, server_model="m").identity()["model"] == identity
+    assert client.served_model(server.url + "/v1/", "m") == identity
+
+
+def test_samples_of_a_model_that_was_changed_behind_its_name_are_not_mixed(serve, tokenizer, tmp_path,
+                                                                           capsys):
+    server = serve(echo(tokenizer))
+    server.models = dict(data=[dict(id="m", root="org/one")])
+    solve_on(server, tokenizer, tmp_path)
+    server.models = dict(data=[dict(id="m", root="org/two")])
+    with pytest.raises(SystemExit):
+        solve_on(server, tokenizer, tmp_path)
+    said = capsys.readouterr().err
+    assert r"was made with model = 'm (org/one)', and this is 'm (org/two)'" in said
+
+
+@pytest.mark.parametrize("ids, listed", [(["a", "b"], "a, b"), ([], "nothing"), ([7], "7")])
+def test_a_model_that_a_server_does_not_have_is_an_error_that_lists_those_it_has(serve, ids, listed):
+    server = serve(None)
+    server.models = dict(data=[dict(id=name) for name in ids])
+    with pytest.raises(InputError) as error:
+        client.served_model(server.url, "m")
+    assert one_line(error) == f"{server.url}: does not serve 'm' (--server-model), but: {listed}"
+
+
+@pytest.mark.parametrize("key", ["sk-very-secret", 'sk"very/se\\cret', "sk very secret"])
+@pytest.mark.parametrize("fault", ['["{0}"]', '{{"choices": [{{"text": ["{0}"]}}]}}', "status", "reason",
+                                   "header"])
+def test_the_key_is_in_no_message(serve, monkeypatch, tokenizer, key, fault):
+    monkeypatch.setenv("OPENAI_API_KEY", f" {key}\n")
+    monkeypatch.setattr(client, "PAUSE", 0)
+    escaped = json.dumps(key)[1:-1].replace("/", "\\/")
+    server = serve(None, [500 if fault == "status" else fault.format(escaped).encode()] * 6)
+    if fault in ("reason", "header"):  # what urllib and http.client say of a reply that is no HTTP
+        begin = f"HTTP/1.1 403 No: {key}\r\n\r\n" if fault == "reason" else f"{key}\r\n\r\n"
+        monkeypatch.setattr(Handler, "respond", lambda self, *_: self.wfile.write(begin.encode()))
+    with pytest.raises(InputError) as error:
+        all_of(sampler_on(server, tokenizer), [([1], "a")])
+    message = one_line(error)
+    assert "***" in message
+    for part in (key, escaped, key[4:], key[:8]):
+        assert part not in message
+
+
+def test_a_long_message_is_not_cut_within_the_key(serve, monkeypatch, tokenizer):
+    key = "sk-" + "secret" * 20
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    for before in range(200, 520, 20):
+        reply = json.dumps(dict(error="x" * before + key)).encode()
+        with pytest.raises(InputError) as error:
+            all_of(sampler_on(serve(None, [reply]), tokenizer), [([1], "a")])
+        assert "secret" not in one_line(error)
+
+
+@pytest.mark.parametrize("key", ["sk-s\u00e9cret", "sk-sec\nret", "sk-sec\x7fret", "\u201csk-secret\u201d"])
+def test_a_key_that_cannot_be_one_is_refused_at_once_and_not_printed(tokenizer, tmp_path, monkeypatch, capsys,
+                                                                     key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(SystemExit):
+        solve_on(argparse.Namespace(url="http://127.0.0.1:9"), tokenizer, tmp_path)
+    said = capsys.readouterr().err
+    assert said == "pairs solve: error: OPENAI_API_KEY: holds a character that no key has; set it again\n"
 
 
 # ------------------------------------------------------------------------------------------------- the stages
@@ -961,6 +1337,16 @@ def test_a_judge_locates_errors_and_checks_chosen_steps(serve, tokenizer, tmp_pa
     assert "sk-judge" not in "".join(capsys.readouterr())
 
 
+@pytest.mark.parametrize("message", [dict(content=None), dict(content=[dict(type="text", text="a")]), {},
+                                     None])
+def test_an_odd_reply_of_a_judge_is_one_line(serve, tmp_path, message):
+    reply = json.dumps(dict(choices=[dict(message=message)])).encode()
+    judge = Judge(str(tmp_path / "judge.jsonl"), serve(None, [reply]).url, "j", 1)
+    with pytest.raises(InputError) as error:
+        judge.first_errors([(Problem("d", "p", "7", None), [" a"])])
+    assert "v1/chat/completions: not the reply of an OpenAI-compatible server" in one_line(error)
+
+
 def test_by_both_keeps_errors_on_which_rollouts_and_judge_agree(built, serve, tokenizer, tmp_path, capsys):
     server = serve(judge_of_right_and_wrong)
     run_scripted(tmp_path, tokenizer, Scripted(tokenizer), "--by=both", "--judge-url", server.url,
@@ -1009,17 +1395,196 @@ def test_people_fill_in_a_file_that_the_same_command_goes_on_from(tokenizer, tmp
     for bad in (99, -1, "2", True):
         write_jsonl(sheet, [*rows[:2], rows[2] | dict(step=bad), *rows[3:]])
         with pytest.raises(InputError,
-                           match=r"located\.jsonl:3: step must be 0 \(none is wrong\) to \d"):
+                           match=r"located\.jsonl:3: step must be 0 \(none is wrong\) to (\d|the)"):
             run()
 
 
-@pytest.mark.parametrize("name", ["pairs", "located"])
-def test_files_that_were_not_made_here_are_not_overwritten(tokenizer, tmp_path, name):
+@pytest.fixture(scope="session")
+def sheet(tokenizer, tmp_path_factory):
+    """A folder with a file to fill in, as --by human makes it."""
+    folder = tmp_path_factory.mktemp("sheet")
+    run_scripted(folder, tokenizer, Scripted(tokenizer), "--by=human", problems=12)
+    return folder
+
+
+def read_sheet(sheet, tmp_path, tokenizer, content: bytes, *flags):
+    """The file, after one more command with this content in it."""
+    folder = shutil.copytree(sheet, tmp_path / "copy", dirs_exist_ok=True)
+    (folder / "out/located.jsonl").write_bytes(content)
+    run_scripted(folder, tokenizer, Scripted(tokenizer), "--by=human", *flags)
+    return (folder / "out/located.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("change, message", [
+    *[(dict(step=step), "step must be 0") for step in (True, "3", 1.5, [1], -1, 99)],
+    (dict(prompt=7), "must be text; repair"), (dict(solution=["a"]), "must be text; repair"),
+    (dict(solution="another", step="3"), "step must be 0"),  # not of this run, and wrong all the same
+    *[(name, f"has no '{name}'; repair or remove") for name in ("step", "prompt", "solution")],
+    (b"[1]", "must be a JSON object"), (b'{"step": 1', "not valid JSON"), (b"\xff", "not UTF-8"),
+    (dict(step=1, dataset="twice"), r"step is \d, and for the same solution \d in .*located\.jsonl:1"),
+])
+def test_what_people_filled_in_wrongly_is_refused_by_its_line(sheet, tokenizer, tmp_path, change, message):
+    rows = rows_of(sheet / "out/located.jsonl")
+    rows[0]["step"] = 2
+    rows[2] = rows[0].copy() if "twice" in str(change) else rows[2]
+    if isinstance(change, dict):
+        rows[2] |= change
+    elif isinstance(change, str):
+        del rows[2][change]
+    lines = [json.dumps(row).encode() for row in rows]
+    if isinstance(change, bytes):
+        lines[2] = change
+    content = b"\n".join(lines)
+    with pytest.raises(InputError) as error:
+        read_sheet(sheet, tmp_path, tokenizer, content)
+    assert re.search(rf"located\.jsonl:3: .*{message}", one_line(error))
+    assert (tmp_path / "copy/out/located.jsonl").read_bytes() == content
+
+
+@pytest.mark.parametrize("bom, end", [(b"", b"\n"), (b"\xef\xbb\xbf", b"\r\n")])
+@pytest.mark.parametrize("last_end", [True, False])
+def test_whatever_an_editor_does_to_lines_they_stay_as_they_are(sheet, tokenizer, tmp_path, bom, end,
+                                                                last_end):
+    rows = rows_of(sheet / "out/located.jsonl")
+    rows[0]["step"] = 1
+    other = rows[1] | dict(solution="not of this run", step=2)
+    kept = [*rows[:3], rows[2], other]  # one is there twice, and the rest has to be added
+    content = bom + end.join(json.dumps(row).encode() for row in kept) + end * last_end
+    after = read_sheet(sheet, tmp_path, tokenizer, content)
+    assert after.startswith(content)
+    (tmp_path / "copy.jsonl").write_bytes(after)
+    assert [row for _, row in data.read_rows(str(tmp_path / "copy.jsonl"))] == kept + rows[3:]
+    assert read_sheet(sheet, tmp_path, tokenizer, after) == after
+
+
+def test_an_empty_sheet_is_begun_anew(sheet, tokenizer, tmp_path):
+    whole = (sheet / "out/located.jsonl").read_bytes()
+    assert read_sheet(sheet, tmp_path, tokenizer, b"").strip() == whole.strip()
+
+
+@pytest.mark.parametrize("name", ["pairs", "located", "located_by_rollouts", "located_by_judge",
+                                  "located_by_both"])
+@pytest.mark.parametrize("beside", [None, ""])
+def test_files_that_were_not_made_here_are_not_overwritten(tokenizer, tmp_path, name, beside):
     (tmp_path / "out").mkdir()
+    if beside is not None:
+        (tmp_path / "out/samples.jsonl").write_text(beside)
     (tmp_path / f"out/{name}.jsonl").write_text("mine\n")
     with pytest.raises(InputError, match=rf"{name}\.jsonl: was not made by this command"):
         run_scripted(tmp_path, tokenizer, None)
     assert (tmp_path / f"out/{name}.jsonl").read_text() == "mine\n"
+
+
+@pytest.mark.parametrize("name", ["pairs", "located", "located_by_rollouts"])
+@pytest.mark.parametrize("target", ["absent", "foreign", "folder"])
+def test_results_are_not_written_over_a_link_or_a_folder(sheet, tokenizer, tmp_path, name, target):
+    folder = shutil.copytree(sheet, tmp_path / "copy")
+    path = folder / f"out/{name}.jsonl"
+    path.unlink(missing_ok=True)
+    if target == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(tmp_path / "target")
+    if target == "foreign":
+        (tmp_path / "target").write_text("mine")
+    with pytest.raises(InputError) as error:
+        run_scripted(folder, tokenizer, None)
+    assert re.search(rf"{name}\.jsonl: is not a file that this command wrote; choose", one_line(error))
+    assert path.is_dir() or path.is_symlink()
+    assert (tmp_path / "target").exists() == (target == "foreign")
+
+
+@pytest.mark.parametrize("name", ["samples.jsonl", "samples.rank1.jsonl", "judge.jsonl", "located.jsonl",
+                                  "located_by_both.jsonl", "pairs.jsonl"])
+@pytest.mark.parametrize("spelling", ["out/{}", "out/../out/./{}", "link/{}", "link.jsonl"])
+def test_problems_are_not_read_from_a_file_that_is_written(tokenizer, tmp_path, monkeypatch, name, spelling):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    path = write_jsonl(tmp_path / "out" / name, [dict(prompt="a", answer="7")])
+    content = Path(path).read_bytes()
+    (tmp_path / "link").symlink_to("out")
+    (tmp_path / "link.jsonl").symlink_to(path)
+    args = command_line.parse(["build", "--model=m", "--problems", spelling.format(name), "--out=out/"])
+    with pytest.raises(InputError) as error:
+        command_line.run(args, Scripted(tokenizer), tokenizer)
+    assert re.search("--problems .*: is a file that this command writes in --out; rename", one_line(error))
+    assert Path(path).read_bytes() == content and os.listdir(tmp_path / "out") == [name]
+
+
+@pytest.mark.parametrize("out, message", [
+    ("file", "--out file: is not a folder"), ("file/below", "cannot be written: Not a directory"),
+    ("dangling", "--out dangling: is not a folder"), ("/sys/x", "cannot be written: "),
+    ("model", "--out model: must not be in the folder of --model model"), ("model/x/y", "must not be in the"),
+    ("to_model/x", "must not be in the folder"), ("model/../model", "must not be in the folder"),
+])
+def test_a_bad_place_for_the_output_is_said_before_anything_is_sampled(
+        tiny, tokenizer, tmp_path, monkeypatch, out, message):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "to_model").symlink_to("model")
+    before = sorted(tmp_path.rglob("*"))
+    problems = write_jsonl(tmp_path / "model/p.jsonl", [dict(prompt="a", answer="7")])
+    args = command_line.parse(["solve", "--model=model", "--problems", problems, "--out", out])
+    with pytest.raises(InputError) as error:
+        command_line.run(args)
+    assert message in one_line(error)
+    os.unlink(problems)
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "file").read_text() == "mine"
+
+
+def test_to_screen_with_more_samples_than_rollouts_is_to_screen_with_these(tokenizer, tmp_path, capsys):
+    runs = []
+    for screen in ("4", "16"):
+        (tmp_path / screen).mkdir()
+        sampler = Scripted(tokenizer)
+        run_scripted(tmp_path / screen, tokenizer, sampler, "--rollouts=4", "--screen", screen)
+        runs.append((outputs(tmp_path / screen), sampler.drawn))
+    assert runs[0] == runs[1]
+
+
+def _solve_slowly(folder, tokenizer):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sampler = Scripted(tokenizer)
+    sampler.nap = 0.1
+    files.run_command("pairs solve", lambda: run_scripted(folder, tokenizer, sampler, command="solve"))
+
+
+@pytest.mark.parametrize("how, status, line", [
+    (signal.SIGINT, 130, "pairs solve: stopped by Ctrl-C; the same command goes on from what is on disk"),
+    (signal.SIGTERM, -signal.SIGTERM, "")])
+def test_after_ctrl_c_and_after_sigterm_the_same_command_continues(tokenizer, tmp_path, capfd, how, status,
+                                                                   line):
+    scripted_problems(tmp_path)
+    child = CHILDREN.Process(target=_solve_slowly, args=(tmp_path, tokenizer))
+    child.start()
+    path = tmp_path / "out/samples.jsonl"
+    while not path.exists() or path.read_bytes().count(b"\n") < 17:  # the settings and a batch
+        time.sleep(0.01)
+    os.kill(child.pid, how)
+    child.join()
+    assert child.exitcode == status
+    said = re.split(r"[\r\n]+", capfd.readouterr().err.strip())
+    assert [words for words in said if "/120" not in words and words.strip()] == ([line] if line else [])
+
+    drawn = len(samples_in(tmp_path / "out"))
+    sampler = Scripted(tokenizer)
+    run_scripted(tmp_path, tokenizer, sampler, command="solve")
+    assert sampler.drawn == 120 - drawn and len({row["key"] for row in samples_in(tmp_path / "out")}) == 120
+
+
+def test_a_mistake_that_only_one_process_meets_is_said_in_one_line_and_ends_all(tiny, tmp_path):
+    problems = write_jsonl(tmp_path / "p.jsonl", [dict(prompt="a", answer="7")])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/samples.rank1.jsonl").symlink_to("nowhere")
+    ended = subprocess.run([*TORCHRUN, "2", "-m", "pairs", "solve", "--model", tiny, "--problems", problems,
+                            "--out", str(tmp_path / "out")], capture_output=True, text=True, timeout=100,
+                           cwd=HERE, env=ENVIRONMENT)
+    assert ended.returncode
+    (said,) = [line for line in ended.stderr.splitlines() if line.startswith("pairs solve: ")]
+    assert re.search(r"error: .*samples\.rank1\.jsonl: is a link, and what it leads to is not", said)
+    assert "/pairs/sampling.py" not in ended.stderr
 
 
 # ------------------------------------------------------------------------------------------- the command line
@@ -1028,10 +1593,10 @@ def test_files_that_were_not_made_here_are_not_overwritten(tokenizer, tmp_path, 
 @pytest.mark.parametrize("flags, message", [
     (["solve", "--model=m", "--problems=p"], "required: --out"), (["solve", "--mod=m"], "required: --model"),
     (["solve", "--model=m", "--problems=p", "--out=o", "--temp=1"], "unrecognized arguments: --temp=1"),
-    (["solve", "--model=m", "--problems=p", "--out=o", "--samples=0"], "--samples: must be above 0"),
+    (["solve", "--model=m", "--problems=p", "--out=o", "--samples=0"], "--samples: must be from 1 to 10,000"),
     (["solve", "--model=m", "--problems=p", "--out=o", "--top-p=1.5"], "--top-p: must be above 0, at most 1"),
     (["solve", "--model=m", "--problems=p", "--out=o", "--top-p=0"], "--top-p: must be above 0"),
-    (["solve", "--model=m", "--problems=p", "--out=o", "--temperature=-1"], "must be at least 0"),
+    (["solve", "--model=m", "--problems=p", "--out=o", "--temperature=-1"], "must be 0, or from 0.01 to 100"),
     (["solve", "--model=m", "--problems=p", "--out=o", "--server=http://u"], "--server-model is needed too"),
     (["solve", "--model=m", "--problems=p", "--out=o", "--server=localhost:8000"], "an address like http"),
     (["build", "--model=m", "--problems=p", "--out=o", "--by=both"], "--judge-url is needed too"),
@@ -1043,6 +1608,26 @@ def test_usage_errors(flags, message, capsys):
     with pytest.raises(SystemExit) as error:
         command_line.parse(flags)
     assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+COUNTS = ("samples", "concurrency", "screen", "rollouts", "confirmations", "tries", "rectify-samples",
+          "pairs-per-step", "per-problem")
+
+
+@pytest.mark.parametrize("names, values, must", [
+    (COUNTS, (10**12, 10_001, 0, -1), "from 1 to 10,000"),
+    (["max-new-tokens"], (10**12, 0), "from 1 to 1,000,000"),
+    (["min-pass-rate", "good-ratio", "bad-ratio"], (5, -1, "nan"), "from 0 to 1"),
+    (["temperature"], ("1e-30", "1e30", "nan"), "0, or from 0.01 to 100"),
+    (["max-length-ratio"], (0.5, "inf"), "at least 1"),
+    (["judge-url", "server"], ("localhost:1", "ftp://h", "http://"), "an address like http://localhost:8000"),
+])
+def test_numbers_are_kept_within_bounds(names, values, must, capsys):
+    for name in names:
+        for value in values:
+            with pytest.raises(SystemExit):
+                command_line.parse(["build", "--model=m", "--problems=p", "--out=o", f"--{name}={value}"])
+            assert f"argument --{name}: must be {must}, got {value}" in capsys.readouterr().err
 
 
 def test_flags_take_hyphens_or_underscores_and_files(tmp_path):
@@ -1080,3 +1665,7 @@ def test_the_command_line_end_to_end(tiny, tmp_path, capsys):
         command_line.main(["--help"])
     shown = capsys.readouterr().out
     assert "AQuA: question, options, correct" in shown and "torchrun" in shown and "same command" in shown
+    with pytest.raises(SystemExit):
+        command_line.main(["solve", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "must take token ids as prompts, as vLLM, SGLang and llama.cpp do (`transformers serve`" in shown
