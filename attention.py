@@ -17,11 +17,11 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.attention import varlen
 
-from files import InputError
+from files import refuse_model
 
 # The row that is in the layers now, where `segment_attention` finds it: not all models pass keyword arguments
 # on to their attention. Activation checkpointing runs a row's layers again before the next row comes.
-current_row = SimpleNamespace(segments=None, calls=0)
+current_row = SimpleNamespace(name="", segments=None, calls=0)
 
 
 @torch.compiler.disable  # segments have other lengths in every row, and each would be compiled anew
@@ -30,7 +30,7 @@ def segment_attention(
     query: Tensor,  # (1, H, L, d)
     key: Tensor,    # (1, H', L, d), where H is a multiple of H'
     value: Tensor,
-    attention_mask: None = None,
+    attention_mask: Tensor | None = None,
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,  # how many tokens a token sees, itself included; None: all before it
@@ -41,10 +41,12 @@ def segment_attention(
     A segment has n queries and m >= n keys, and the last n keys are the queries' own: plain causal attention
     that is aligned at the lower right. No mask of a whole row is made: it would cost what it hides.
     """
-    for name in ("softcap", "s_aux", "position_bias"):
-        if others.get(name) is not None:
-            raise InputError(f"{type(module).__name__} attends with {name}, which is not supported: only "
-                             "causal attention and sliding windows are")
+    for name, own in {"attention_mask": attention_mask, **others}.items():
+        if name in ("attention_mask", "softcap", "s_aux", "position_bias") and own is not None:
+            refuse_model(current_row.name, f"{type(module).__name__} attends with {name}, which is more than "
+                                           "causal attention and sliding windows")
+    if not getattr(module, "is_causal", True):
+        refuse_model(current_row.name, f"{type(module).__name__} attends to what comes after a token")
     current_row.calls += 1
     segments = current_row.segments
     key = key.index_select(2, segments.key_index)  # (1, H', K, d)
@@ -66,7 +68,7 @@ def segment_attention(
                 mask = mask.triu(m - n - sliding_window + 1)
         outputs.append(F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=True))
-    return torch.cat(outputs, 2).transpose(1, 2), None
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
 
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None,

@@ -24,8 +24,7 @@ CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
+def make_tokenizer():
     """A byte-level BPE of 400 tokens, trained here, with a chat template, an EOS and no BOS (like Qwen's)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     bpe = Tokenizer(models.BPE())
@@ -35,6 +34,11 @@ def tokenizer():
     bpe.train_from_iterator([json.dumps(make_rows(50)), "Mind the token, then the tent. " * 20], trainer)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>",
                                                 chat_template=CHATML)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
 
 
 @pytest.fixture(scope="session")

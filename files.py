@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import safetensors
 import torch
@@ -31,6 +31,10 @@ from tqdm import tqdm
 
 class InputError(ValueError):
     """Bad input: the message says where and what to do. The command lines print it without a stack trace."""
+
+
+def refuse_model(name: str, why: str) -> NoReturn:
+    raise InputError(f"{name} is not supported: {why}")
 
 
 # -------------------------------------------------------------------------------------- the life of a command

@@ -20,6 +20,7 @@ and back.
 
 import argparse
 import gc
+import inspect
 import json
 import math
 import os
@@ -48,7 +49,7 @@ import files
 import storage
 from attention import current_row
 from data import Batch, Pair
-from files import INT, POSITIVE_FLOAT, POSITIVE_INT, SHARE, TEXT, InputError, print0
+from files import INT, POSITIVE_FLOAT, POSITIVE_INT, SHARE, TEXT, InputError, print0, refuse_model
 from kernels import linear_logps
 
 Config = argparse.Namespace  # the flags, by name
@@ -86,14 +87,18 @@ def step_dpo_loss(
 class Head(nn.Module):
     """The language-model head. Asked with targets it returns their log-probabilities, and no logits exist."""
 
-    def __init__(self, weight: nn.Parameter):  # (V, D)
+    def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.weight = weight
+        self.weight, self.bias = linear.weight, linear.bias  # (V, D), (V,) or None
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
         if targets is None:
-            return F.linear(hidden, self.weight)  # (..., V)
-        return linear_logps(hidden, self.weight, targets)  # (T,)
+            return F.linear(hidden, self.weight, self.bias)  # (..., V)
+        if self.bias is None:
+            return linear_logps(hidden, self.weight, targets)  # (T,)
+        # A bias is a column more of the weight, whose input is 1; with seven of zeros, to keep D aligned.
+        bias = F.pad(self.bias[:, None], (0, 7))
+        return linear_logps(F.pad(hidden, (0, 8), value=1.0), torch.cat([self.weight, bias], 1), targets)
 
 
 class Policy(nn.Module):
@@ -102,23 +107,24 @@ class Policy(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         refuse_unsupported(model)
-        model.set_output_embeddings(Head(model.get_output_embeddings().weight))
+        self.scale = logit_scale(model)
+        model.set_output_embeddings(Head(model.get_output_embeddings()))
         self.model = model
         self.name = type(model).__name__
 
     def forward(self, batch: Batch) -> Tensor:
         """(2, B) fp32: log-probabilities of the chosen and of the rejected steps, in nats."""
-        current_row.segments, current_row.calls = batch.segments, 0
+        current_row.name, current_row.segments, current_row.calls = self.name, batch.segments, 0
         hidden = self.model.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False,
         ).last_hidden_state  # (1, L, D)
         if current_row.calls == 0:
-            raise InputError(f"{self.name} does not take its attention from transformers' interface, so its "
-                             "tokens would see other pairs: it is not supported")
+            refuse_model(self.name, OWN_ATTENTION)
 
         # Only the places that predict a trained token reach the head. It is called as a module, because FSDP
         # gathers a module's weight for the time of its forward.
-        token_logps = self.model.get_output_embeddings()(hidden[0, batch.predict_at], batch.targets)  # (T,)
+        hidden = self.scale * hidden[0, batch.predict_at]  # (T, D)
+        token_logps = self.model.get_output_embeddings()(hidden, batch.targets)  # (T,)
         sums = token_logps.new_zeros(2 * batch.pairs).index_add(0, batch.step, token_logps)
         return sums.view(2, -1).clone()  # FSDP hooks what a module returns, and warns if that is a view
 
@@ -126,28 +132,51 @@ class Policy(nn.Module):
         """() fp32: of the step after the prefix, by the model's own forward, the library's attention and
         whole logits: nothing of what `forward` does to be fast."""
         ids = torch.tensor([prefix + step], device=local_device())  # (1, L)
-        self.model.set_attn_implementation("sdpa")
-        logits = self.model(ids, use_cache=False, logits_to_keep=len(step) + 1).logits  # (1, S + 1, V)
+        self.model.set_attn_implementation("sdpa" if self.model._supports_sdpa else "eager")
+        logits = self.model(ids, use_cache=False, logits_to_keep=len(step) + 1).logits  # (1, S + 1 or L, V)
         self.model.set_attn_implementation("segments")
-        return logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, -len(step):, None]).sum()
+        return logits[0, -len(step) - 1:-1].float().log_softmax(-1).gather(1, ids[0, -len(step):, None]).sum()
 
 
 def refuse_unsupported(model: nn.Module) -> None:
     """Raise InputError for a model that would be trained as something else than it computes."""
-    name, config = type(model).__name__, model.config.get_text_config()
-    if getattr(model, "_is_stateful", False):
-        raise InputError(f"{name} carries state from token to token, which packed rows would mix up: "
-                         "it is not supported")
+    name, config, head = type(model).__name__, model.config.get_text_config(), model.get_output_embeddings()
+    kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
+    if kinds or model._is_stateful:
+        refuse_model(name, f"its layers ({', '.join(sorted(kinds)) or 'recurrent'}) connect tokens in other "
+                           "ways than causal attention and sliding windows, which packed rows would mix up")
+    if not model._can_set_attn_implementation():
+        refuse_model(name, OWN_ATTENTION)
+    if {*model.children()} != {model.base_model, head} or type(head) is not nn.Linear:
+        refuse_model(name, "its logits are not those of its base model and one linear layer")
+    if "position_ids" not in inspect.signature(model.get_decoder().forward).parameters:
+        refuse_model(name, "it counts positions itself, but a packed row has many beginnings")
+    for key in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
+        if getattr(config, key, None):
+            refuse_model(name, f"it caps its logits ({key} = {getattr(config, key)}), and none are made here")
 
-    for key in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "logits_scaling",
-                "logit_scale", "lm_head_multiplier"):
-        if getattr(config, key, None) not in (None, 1):
-            raise InputError(f"{name} changes its logits ({key} = {getattr(config, key)}), which is not "
-                             "supported: what was trained would not be what the model computes")
 
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None:
-        raise InputError(f"{name}: the head must be a linear layer without bias, got {head}")
+OWN_ATTENTION = "it does not take its attention from transformers' interface"
+
+
+def logit_scale(model: nn.Module) -> float:
+    """What the model multiplies its logits by. The self-check finds those that do it in yet another way."""
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0        # Cohere multiplies by it
+    divisor = getattr(config, "logits_scaling", None) or 1.0   # Granite and MiniCPM divide by it
+    return divisor if config.model_type == "hyperclovax" else scale / divisor
+
+
+def position_limit(model: nn.Module) -> float:
+    """Tokens up to which a position means the same in every sequence: learned positions end there, and
+    dynamic and long RoPE use other frequencies as soon as one sequence of a row is longer."""
+    config = model.config.get_text_config()
+    limits = [getattr(config, "max_position_embeddings", None) or math.inf]
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in [rope, *rope.values()]:  # one for all layers, or one for each kind of layers
+        if isinstance(part, dict) and part.get("rope_type") == "longrope":
+            limits.append(part["original_max_position_embeddings"])
+    return min(limits)
 
 
 # --------------------------------------------------------------------------- from pairs to log-probabilities
@@ -405,13 +434,12 @@ def self_check(policy: Policy, folder: str, pairs: list[Pair], held_out: list[Pa
     four differs by more than rounding, and if the tokenizer is another model's.
     """
     # An index out of range is a device assert on CUDA, and no message.
-    embeddings = policy.model.get_input_embeddings().num_embeddings
-    limit = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    embeddings, limit = policy.model.get_input_embeddings().num_embeddings, position_limit(policy.model)
     for pair in pairs + held_out:
         length = len(pair.prefix) + max(len(pair.chosen), len(pair.rejected))
         if length > limit:
-            raise InputError(f"{pair.where}: has {length} tokens, but {folder} is made for {limit} "
-                             "(max_position_embeddings); lower --max-length")
+            raise InputError(f"{pair.where}: has {length} tokens, but {policy.name} has no positions beyond "
+                             f"{limit}, or computes them in another way; use --max-length {limit}")
         largest = max(pair.prefix + pair.chosen + pair.rejected)
         if largest >= embeddings:
             raise InputError(f"{pair.where}: has token {largest}, but {folder} has {embeddings} embeddings; "
@@ -429,10 +457,8 @@ def self_check(policy: Policy, folder: str, pairs: list[Pair], held_out: list[Pa
 
     allowed = 1e-3 if config.dtype == "float32" else 0.1  # bf16 logits alone are off by 0.02-0.04
     if not worst <= allowed:
-        remedy = "use --no-share-prefix" if config.share_prefix else "this model cannot be trained here"
         raise InputError(f"{policy.name}: packed log-probabilities differ from plain ones by {worst:.2g} "
-                         f"nats per token (allowed: {allowed:g}), so its attention does not keep to the "
-                         f"segments of a packed row; {remedy}")
+                         f"nats per token (allowed: {allowed:g}), so it cannot be trained here")
     print0(f"self-check  packed and plain log-probabilities differ by {worst:.1e} nats per token")
 
 
@@ -479,13 +505,16 @@ def build(folder: str, config: Config) -> Policy:
         if getattr(hf_config, "quantization_config", None):
             raise InputError(f"{folder}: quantized weights cannot be trained (quantization_config in its "
                              "config.json); use the model they were made from")
-        try:
-            with torch.device("meta"):
-                model = transformers.AutoModelForCausalLM.from_config(
-                    hf_config, dtype=torch.float32, attn_implementation="segments", trust_remote_code=False)
-        except KeyError as error:  # it looks its attention class up by that name
-            raise InputError(f"{folder}: the attention of {hf_config.model_type} models cannot be replaced "
-                             f"({error}): it is not supported") from None
+    name = (hf_config.architectures or [hf_config.model_type])[0]
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(
+                hf_config, dtype=torch.float32, attn_implementation="segments", trust_remote_code=False)
+    except Exception as error:  # whatever a configuration leads to
+        if error.args == ("segments",):  # it looks its attention class up by that name
+            refuse_model(name, OWN_ATTENTION)
+        refuse_model(name, f"transformers cannot build it from {folder}/config.json "
+                           f"({type(error).__name__}: {' '.join(str(error).split())[:300]})")
     policy = Policy(model).eval()
     compute_buffers(model)
     shard(policy, config)
@@ -499,12 +528,15 @@ def compute_buffers(model: nn.Module) -> None:
 
     The model's own initialisation computes them. Raises InputError for one that it leaves as it was.
     """
+    owners = {}  # the model that a module belongs to, whose initialisation knows it
     for path, module in model.named_modules():
+        is_model = isinstance(module, transformers.PreTrainedModel)
+        owner = owners[path] = module if is_model else owners[path.rpartition(".")[0]]
         names = [name for name, _ in module.named_buffers(recurse=False)]
         for name in names:
             setattr(module, name, torch.empty_like(getattr(module, name), device=local_device()))
         if names:
-            model._init_weights(module)  # as from_pretrained does; parameters are still on meta
+            owner._init_weights(module)  # as from_pretrained does; parameters are still on meta
 
         for name in names:
             never_written = getattr(module, name)._version == 0  # torch counts changes in place
@@ -516,11 +548,10 @@ def compute_buffers(model: nn.Module) -> None:
 def shard(policy: Policy, config: Config) -> None:
     """FSDP2: each decoder layer is gathered while it runs; untied embedding and head too; then the rest."""
     model, device = policy.model, local_device()
-    layers = [module for module in model.modules()
-              if type(module).__name__ in (model._no_split_modules or ())]
-    if not layers:
-        raise InputError(f"{policy.name} does not name its decoder layers (_no_split_modules): "
-                         "it cannot be sharded")
+    named = [module for module in model.modules()
+             if type(module).__name__ in (model._no_split_modules or ())]
+    lists = [module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList)]
+    layers = named or max(lists, key=len, default=())  # older models do not name their decoder layers
 
     offload = fsdp.CPUOffloadPolicy(pin_memory=device.type == "cuda")
     wrap = partial(

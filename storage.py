@@ -12,6 +12,7 @@ Any number of processes can go on from it. Nothing here is a pickle, which could
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -32,7 +33,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from files import InputError, content_key, lock, parse_json, print0, read_bytes, write_atomically, writing
+from files import (
+    InputError,
+    content_key,
+    lock,
+    parse_json,
+    print0,
+    read_bytes,
+    refuse_model,
+    write_atomically,
+    writing,
+)
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -132,6 +143,28 @@ def rows_of_rank(length: int, rank: int, ranks: int) -> tuple[int, int]:
     return min(rank * rows, length), min((rank + 1) * rows, length)
 
 
+def own_names(model: nn.Module, files: dict[str, list[str]]) -> dict[str, str]:
+    """Stored name -> the name in the model, which transformers may have changed since the files were written.
+
+    Raises InputError if the tensors themselves are changed, as the experts of mixtures are joined.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    changes, names = get_model_conversion_mapping(model), dict.fromkeys(model.state_dict(), True)
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    others = [change for change in changes if isinstance(change, WeightConverter)]
+    own = {}
+    for stored in itertools.chain(*files.values()):
+        own[stored], changed_by = stored, None
+        if stored not in names:
+            own[stored], changed_by = rename_source_key(
+                stored, renamings, others, model.base_model_prefix, names)
+        if changed_by:
+            refuse_model(type(model).__name__, "transformers cuts or joins the tensors in its files "
+                                               f"({stored} becomes part of {own[stored]})")
+    return own
+
+
 @torch.no_grad()
 def load(policy: nn.Module, folder: str) -> None:
     """Fill the shards of policy.model: each rank reads only its own rows of each tensor.
@@ -139,20 +172,22 @@ def load(policy: nn.Module, folder: str) -> None:
     Raises InputError if the tensors in the folder are not, one to one, finite floats for those of the model.
     """
     files, tensors = weight_files(folder), policy.model.state_dict(keep_vars=True)
-    stored = [name for names in files.values() for name in names]
-    filled = {tensors[name] for name in stored if name in tensors}  # tied: stored once or twice
+    own = own_names(policy.model, files)
+    filled = {tensors[name] for name in own.values() if name in tensors}  # tied: stored once or twice
     missing = [name for name, tensor in tensors.items() if tensor not in filled]
-    unknown = [name for name in stored if name not in tensors and not name.endswith("inv_freq")]  # recomputed
+    ignored = ["inv_freq$", *policy.model._keys_to_ignore_on_load_unexpected]  # recomputed, or of no use
+    unknown = [name for name in own.values()
+               if name not in tensors and not any(re.search(pattern, name) for pattern in ignored)]
     if missing or unknown:
-        raise InputError(f"{folder}: its tensors are not one to one those of {policy.name}, which is not "
-                         f"supported (missing: {missing[:3]}, left over: {unknown[:3]})")
+        raise InputError(f"{folder}: its tensors are not one to one those of {policy.name} "
+                         f"(missing: {missing[:3]}, left over: {unknown[:3]})")
 
-    bar = tqdm(total=len(stored), desc="loading", unit="tensor", disable=dist.get_rank() > 0, leave=False)
+    bar = tqdm(total=len(own), desc="loading", unit="tensor", disable=dist.get_rank() > 0, leave=False)
     for path, names in files.items():
         with safe_open(f"{folder}/{path}", "pt") as file:
             for name in names:
-                if name in tensors:
-                    fill(tensors[name], file.get_slice(name), f"{folder}/{path}: {name}")
+                if own[name] in tensors:
+                    fill(tensors[own[name]], file.get_slice(name), f"{folder}/{path}: {name}")
                 bar.update()
     bar.close()
 
@@ -188,15 +223,17 @@ def export(policy: nn.Module, source: str, folder: str) -> None:
                     shutil.copy(f"{source}/{name}", unfinished)
 
     files = weight_files(source)
+    own = own_names(policy.model, files)
     for path in tqdm(files, desc="exporting", unit="file", disable=not is_writer, leave=False):
         trained = {}
         with safe_open(f"{source}/{path}", "pt") as before:
             for name in files[path]:
-                if name not in tensors:
+                if own[name] not in tensors:
                     trained[name] = before.get_tensor(name)
                     continue
                 # Gathered by all ranks together; only one keeps it.
-                whole = tensors[name].full_tensor() if isinstance(tensors[name], DTensor) else tensors[name]
+                tensor = tensors[own[name]]
+                whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
                 if is_writer:
                     dtype = FLOATS.get(before.get_slice(name).get_dtype(), whole.dtype)
                     trained[name] = whole.to("cpu", dtype, copy=True)

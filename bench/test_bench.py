@@ -39,6 +39,14 @@ def test_training_benchmark_measures_ours_and_another_checkout(tiny, tmp_path):
     assert "ours over ours of the other checkout" in text
 
 
+def test_architectures_are_tried_and_judged(tmp_path):
+    report, text = bench("architectures", tmp_path / "architectures.json",
+                         "--only", "^(qwen2|whisper|bloom|musicgen)$")
+    assert {name: verdict for name, (verdict, _) in report["verdicts"].items()} == {
+        "qwen2": "equal", "whisper": "equal", "bloom": "refused", "musicgen": "not built"}
+    assert "2 equal, 1 refused, 0 differs, 0 traceback, 1 not built of 4" in text
+
+
 def test_corrupted_pairs_are_pairs_that_can_be_trained_on(tokenizer, tmp_path):
     worked = "He has 4*12=<<4*12=48>>48 pens.\nThen 48-8=<<48-8=40>>40 are left.\n#### 40"
     problems = write_jsonl(tmp_path / "gsm8k.jsonl", [dict(question=f"Pens of {i}?", answer=worked)

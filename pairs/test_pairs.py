@@ -1565,8 +1565,8 @@ def test_after_ctrl_c_and_after_sigterm_the_same_command_continues(tokenizer, tm
     os.kill(child.pid, how)
     child.join()
     assert child.exitcode == status
-    said = re.split(r"[\r\n]+", capfd.readouterr().err.strip())
-    assert [words for words in said if "/120" not in words and words.strip()] == ([line] if line else [])
+    said = capfd.readouterr().err
+    assert said.strip().endswith(line) and "Traceback" not in said
 
     drawn = len(samples_in(tmp_path / "out"))
     sampler = Scripted(tokenizer)
