@@ -93,6 +93,24 @@ def run_command(name: str, command: Callable[[], None]) -> None:
     sys.exit(status)
 
 
+@contextmanager
+def noticing_stop_signals() -> Iterator[list[int]]:
+    """SIGTERM, as a preempted job gets, and Ctrl-C end up in the list, and the step comes to its end."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: Any) -> None:
+        asked.append(number)
+        if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun sends it twice
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # the second Ctrl-C does not wait
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def end_with_torchrun() -> None:
     """Let the kernel end this process when torchrun is gone: it would write beside the next start."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:

@@ -24,11 +24,9 @@ import inspect
 import json
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
@@ -317,7 +315,7 @@ def train(config: Config) -> None:
     optimizer = torch.optim.AdamW(
         policy.parameters(), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
 
-    with noticing_stop_signals() as stop_asked:
+    with files.noticing_stop_signals() as stop_asked:
         first = start_or_resume(policy, optimizer, identity, steps, config)
         began, seen = time.perf_counter(), 0
         bar = tqdm(range(first, steps), initial=first, total=steps, desc="training", unit="step",
@@ -348,27 +346,27 @@ def train(config: Config) -> None:
 
 
 def read_pairs(tokenizer: Any, config: Config) -> tuple[list[Pair], list[Pair]]:
-    """The training and the held-out pairs. Says what was dropped, and why."""
+    """The training and the held-out pairs."""
     rows = [row for source in config.data for row in data.read_rows(source)]
     held_out = []
     if isinstance(config.eval_data, float):
         rows, held_out = data.hold_out(rows, config.eval_data)
     elif config.eval_data:
         held_out = data.read_rows(config.eval_data)
+    return encode("training", rows, tokenizer, config), encode("held-out", held_out, tokenizer, config)
 
-    encoded = []
-    for name, some in (("training", rows), ("held-out", held_out)):
-        pairs, dropped = data.encode(some, tokenizer, config.template, config.instruction, config.span,
-                                     config.max_length) if some else ([], {})
-        encoded.append(pairs)
-        if some:
-            too_long = f"longer than --max-length {config.max_length}"
-            print0(f"{name:11s} {len(pairs):,} pairs, {len(dropped.setdefault(too_long, [])):,} dropped as "
-                   f"{too_long}")
-        for reason, places in dropped.items():
-            if places:
-                print0(f"{'':11s} dropped {len(places):,}: {reason} (first: {', '.join(places[:3])})")
-    return encoded[0], encoded[1]
+
+def encode(name: str, rows: list, tokenizer: Any, config: Config) -> list[Pair]:
+    """The pairs of some rows. Says how many were dropped, and why."""
+    if not rows:
+        return []
+    pairs, dropped = data.encode(rows, tokenizer, config.template, config.instruction, config.span,
+                                 config.max_length)
+    too_long = f"longer than --max-length {config.max_length}"
+    print0(f"{name:11s} {len(pairs):,} pairs, {len(dropped.get(too_long, [])):,} dropped as {too_long}")
+    for reason, places in dropped.items():
+        print0(f"{'':11s} dropped {len(places):,}: {reason} (first: {', '.join(places[:3])})")
+    return pairs
 
 
 def fill_budget(config: Config, pairs: list[Pair]) -> Config:
@@ -600,24 +598,6 @@ def start_or_resume(policy: Policy, optimizer: torch.optim.Optimizer, identity: 
     if first:
         print0(f"resuming    after optimizer step {first}")
     return first
-
-
-@contextmanager
-def noticing_stop_signals() -> Iterator[list[int]]:
-    """SIGTERM, as a preempted job gets, and Ctrl-C end up in the list, and the step comes to its end."""
-    asked: list[int] = []
-
-    def ask(number: int, frame: Any) -> None:
-        asked.append(number)
-        if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun sends it twice
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # the second Ctrl-C does not wait
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def save_if_due(policy: Policy, optimizer: torch.optim.Optimizer, done: int, steps: int,
