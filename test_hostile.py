@@ -691,3 +691,60 @@ def test_nobody_writes_on_when_torchrun_is_gone(place):
                 break
             time.sleep(0.1)
         assert not os.path.exists(f"/proc/{worker}")
+
+
+# --------------------------------------------------------------------------- unusual, and right: these must work
+
+
+def in_shards(place: Place) -> None:
+    weights = load_file(place.folder / "model/model.safetensors")
+    (place.folder / "model/model.safetensors").unlink()
+    where = {name: f"{'ab'[i % 2]}/model.safetensors" for i, name in enumerate(weights)}
+    for path in set(where.values()):
+        (place.folder / "model" / path).parent.mkdir()
+        save_file({name: weights[name] for name in weights if where[name] == path}, place.folder / "model" / path)
+    place.write("model/model.safetensors.index.json", json.dumps({"weight_map": where}))
+
+
+def in_a_hub_cache(place: Place) -> None:
+    for path in (place.folder / "model").iterdir():
+        shutil.move(path, place.folder / f"blob-{path.name}")
+        path.symlink_to(f"../blob-{path.name}")
+
+
+def as_halves(place: Place) -> None:
+    weights = load_file(place.folder / "model/model.safetensors")
+    save_file({name: tensor.half() for name, tensor in weights.items()},
+              place.folder / "model/model.safetensors", metadata={"format": "pt"})
+
+
+WORKS = {
+    "several files": lambda p: p.flags.update({"data": None}),
+    "a share held out": lambda p: p.flags.update({"eval-data": 0.3}),
+    "one pair": lambda p: write_jsonl(p.folder / "pairs.jsonl", make_rows(1)),
+    "a batch above all pairs": lambda p: p.flags.update({"batch-size": 1000}),
+    "Windows' line ends": lambda p: p.write(
+        "pairs.jsonl", b"\xef\xbb\xbf" + (p.folder / "pairs.jsonl").read_bytes().replace(b"\n", b"\r\n")),
+    "one list": lambda p: (p.write("pairs.json", json.dumps(make_rows(8))),
+                           p.flags.update(data=p.folder / "pairs.json")),
+    "spaces and accents": lambda p: p.flags.update({"output-dir": p.folder / "mein Läuf (1)/out"}),
+    "files in folders": in_shards,
+    "links as in the hub's cache": in_a_hub_cache,
+    "16 bit": as_halves,
+    "a folder with other things": lambda p: p.write("out/notes.txt", "mine"),
+    "a link to a folder": lambda p: ((p.folder / "real").mkdir(), (p.folder / "out").symlink_to("real")),
+}
+
+
+@pytest.mark.parametrize("case", WORKS)
+def test_what_works(place, case, monkeypatch, capsys):
+    WORKS[case](place)
+    pairs = place.folder / "pairs.jsonl"
+    more = ["--data", pairs, pairs] if case == "several files" else []
+    status, out, err = start(place.words(*more), monkeypatch, capsys)
+    assert status == 0, err
+    exported = Path(place.flags["output-dir"]) / "model"
+    assert {path.relative_to(exported) for path in exported.rglob("*") if path.is_file()} == {
+        path.relative_to(place.folder / "model") for path in (place.folder / "model").rglob("*") if path.is_file()}
+    expected = {"several files": "training    16 pairs", "a share held out": "held-out    "}.get(case, "training")
+    assert expected in out
