@@ -136,10 +136,11 @@ def read_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        is_empty = not tokenizer("1").input_ids  # without its files the library makes an empty one
     except Exception as error:  # whatever the reader of an odd file happens to run into
         problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise InputError(f"{model}: its tokenizer cannot be read ({problem})") from None
-    if not tokenizer("1").input_ids:  # without its files the library makes an empty one
+    if is_empty:
         raise InputError(f"{model}: has no tokenizer")
     return tokenizer
 
@@ -167,9 +168,10 @@ def open_turn(tokenizer, prompt: str, template: str, instruction: str | None = N
     try:
         text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program, and may fail in any way
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise InputError(f"{tokenizer.name_or_path}: its chat template fails on {user[:60]!r} "
-                         f"({type(error).__name__}: {error})") from None
-    if user.strip() not in text:
+                         f"({problem!r})") from None
+    if user.strip() not in text or re.search("[\ud800-\udfff]", text):
         raise InputError(f"{tokenizer.name_or_path}: its chat template changes or drops the problem: "
                          f"{user[:60]!r} becomes {text[:200]!r}")
     return text

@@ -17,6 +17,7 @@ import re
 import secrets
 import shlex
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +43,7 @@ def refuse_model(name: str, why: str) -> NoReturn:
 
 def print0(*lines: str) -> None:
     """Print on rank 0 only, without tearing a progress bar."""
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0" and sys.stdout:
         tqdm.write("\n".join(lines))
         sys.stdout.flush()
 
@@ -55,19 +56,25 @@ def progress(things: Any, desc: str, **options) -> tqdm:
 def run_command(name: str, command: Callable[[], None]) -> None:
     """Run a program, and end it: bad input, a full disk and Ctrl-C are one line, not a stack trace."""
     message, status, waited = "", 0, False
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # an old locale must not end a run because of a letter
+            stream.reconfigure(errors="backslashreplace")
     try:
         end_with_torchrun()
         command()
     except InputError as error:
         message, status = f"error: {error}", 2
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         message, status = "stopped by Ctrl-C; the same command goes on from what is on disk", 130
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{error.filename}: " if error.filename else "reading or writing: "
         message, status = f"error: {where}{error.strerror or error}", 2
     except torch.OutOfMemoryError as error:
         message = f"error: out of GPU memory, smaller batches need less: {str(error).splitlines()[0]}"
         status = 2
+    except MemoryError:
+        message, status = "error: out of memory", 2
     except RuntimeError as error:
         if not re.search("timed out|connection (closed|reset)", str(error), re.I):
             raise
@@ -122,6 +129,24 @@ def end_with_torchrun() -> None:
         raise InputError("torchrun has ended")
 
 
+def local_rank() -> int:
+    """This process' number on its node, as torchrun says it."""
+    text = os.environ.get("LOCAL_RANK", "0")
+    if not text.isdecimal():
+        raise InputError(f"LOCAL_RANK in the environment must be a number, got {text!r}")
+    return int(text)
+
+
+@contextmanager
+def joining() -> Iterator[None]:
+    """Turns what torch says about the environment into a line that names it."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError("RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment must be as "
+                         f"torchrun sets them, or not set ({error})") from None
+
+
 def leave_process_group() -> None:
     """The end of a program that torchrun may have started."""
     if dist.is_initialized():
@@ -141,10 +166,15 @@ def content_key(*parts: str) -> str:
 
 def read_bytes(path: str) -> bytes:
     try:
-        with open(path, "rb") as file:
+        # Not to wait for ever for the other end of a pipe.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise InputError(f"{path}: is not a file, but a pipe or a device")
             return file.read().removeprefix(b"\xef\xbb\xbf")  # the byte order mark of Windows' editors
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
+    except ValueError as error:  # a null byte in the path
+        raise error if isinstance(error, InputError) else InputError(f"{path!r}: {error}") from None
 
 
 def parse_json(where: str, text: bytes) -> Any:
@@ -237,6 +267,8 @@ def expand(words: Sequence[str], files: tuple[str, ...] = ()) -> list[str]:
         for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
             try:
                 words_of_line = shlex.split(line.decode(), comments=True)
+                if b"\0" in line:
+                    raise ValueError("a null byte")
             except ValueError as error:  # not text, or a quotation that does not end
                 raise InputError(f"{path}:{number}: {error}") from None
             expanded += expand(words_of_line, (*files, os.path.realpath(path)))
@@ -268,4 +300,6 @@ POSITIVE_FLOAT = checked(float, lambda x: 0 < x < math.inf, "above 0")
 INT = checked(int, lambda x: 0 <= x <= LARGEST, "at least 0 and at most 10^12")
 FLOAT = checked(float, lambda x: 0 <= x < math.inf, "at least 0")
 SHARE = checked(float, lambda x: 0 <= x <= 1, "from 0 to 1")
-URL = checked(str, lambda x: re.match(r"https?://[^/\s]", x), "an address like http://localhost:8000")
+# Without a name and password in it, which messages would show.
+URL = checked(str, lambda x: re.fullmatch(r"https?://[\w.:\[\]-]+(/[^\s@]*)?", x, re.A),
+              "an address like http://localhost:8000")

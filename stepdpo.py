@@ -300,6 +300,7 @@ def train(config: Config) -> None:
 
     # What is trained on, in how many optimizer steps.
     folder = storage.resolve(config.model)
+    storage.check_config(folder)
     tokenizer = data.read_tokenizer(folder)
     pairs, held_out = read_pairs(tokenizer, config)
     identity = storage.identity_of(folder, data.fingerprint(pairs), data.fingerprint(held_out), config)
@@ -503,7 +504,7 @@ def build(folder: str, config: Config) -> Policy:
         if getattr(hf_config, "quantization_config", None):
             raise InputError(f"{folder}: quantized weights cannot be trained (quantization_config in its "
                              "config.json); use the model they were made from")
-    name = (hf_config.architectures or [hf_config.model_type])[0]
+        name = (hf_config.architectures or [hf_config.model_type])[0]
     try:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(
@@ -513,10 +514,10 @@ def build(folder: str, config: Config) -> Policy:
             refuse_model(name, OWN_ATTENTION)
         refuse_model(name, f"transformers cannot build it from {folder}/config.json "
                            f"({type(error).__name__}: {' '.join(str(error).split())[:300]})")
-    policy = Policy(model).eval()
-    compute_buffers(model)
-    shard(policy, config)
     with storage.reading(folder):
+        policy = Policy(model).eval()
+        compute_buffers(model)
+        shard(policy, config)
         storage.load(policy, folder)
     return policy
 
@@ -631,7 +632,7 @@ def log(config: Config, line: dict[str, float]) -> None:
 
 def start_processes(minutes: float = 30) -> None:
     """Join the process group that torchrun describes, or be a group of one."""
-    cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", "0"))
+    cuda, local_rank = torch.cuda.is_available(), files.local_rank()
     if cuda and local_rank >= torch.cuda.device_count():
         raise InputError(f"--nproc_per_node must be at most {torch.cuda.device_count()}, the GPUs here "
                          "(CUDA_VISIBLE_DEVICES= hides them and trains on the CPU)")
@@ -640,8 +641,9 @@ def start_processes(minutes: float = 30) -> None:
     # gloo too on CUDA: with --offload the gradients, whose norm is needed, are in CPU memory.
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
-                                timeout=timedelta(minutes=minutes), **alone)
+        with files.joining():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                                    timeout=timedelta(minutes=minutes), **alone)
 
 
 def local_device() -> torch.device:
@@ -665,7 +667,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     add("--data", type=TEXT, nargs="+", required=True, metavar="FILE",
         help="step pairs: .jsonl, .json, .parquet files or hub datasets")
     add("--output-dir", type=TEXT, required=True, help="for metrics.jsonl, run.json, checkpoints/, model/")
-    add("--reference", help="reference model [the model itself before training]")
+    add("--reference", type=TEXT, help="reference model [the model itself before training]")
     add("--span", choices=data.SPANS, default="step", help="one step, or whole solutions: plain DPO [step]")
     add("--template", choices=data.TEMPLATES, default="chat", help="around problem and answer [chat]")
     add("--instruction", help="text after the problem in the user turn, '' for none [the template's own]")
@@ -686,8 +688,8 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     add("--eval-data", type=source_or_share, metavar="FILE",
         help="held-out step pairs: the same metrics, no training; 0.05 holds out pairs of so many problems")
     add("--eval-every", type=POSITIVE_INT, default=50, help="optimizer steps between evaluations [50]")
-    add("--test-problems", help="held-out problems with answers: at the end, greedy accuracy before and "
-        "after, in answers of at most --max-length tokens; each process holds a whole model for it")
+    add("--test-problems", type=TEXT, help="held-out problems with answers: at the end, greedy accuracy "
+        "before and after, in answers of at most --max-length tokens; each process holds a whole model")
     add("--save-every", type=INT, default=0, help="optimizer steps between checkpoints [only at SIGTERM]")
     add("--resume", action=switch, default=False, help="continue from the last checkpoint in --output-dir, "
         "or from the start if there is none")

@@ -27,6 +27,7 @@ from typing import Any
 import safetensors
 import torch
 import torch.distributed as dist
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ from files import (
     lock,
     parse_json,
     print0,
+    progress,
     read_bytes,
     refuse_model,
     write_atomically,
@@ -78,11 +80,31 @@ def reading(folder: str) -> Iterator[None]:
         raise InputError(f"{folder}: {type(error).__name__}: {' '.join(str(error).split())}") from None
 
 
+# More than any model has. What is larger would fill the memory before anything could be said.
+LIMITS = {"num_hidden_layers": 10_000, "num_labels": 10**6, "vocab_size": 10**8}
+
+
+def check_config(folder: str) -> None:
+    """Raise InputError if a model folder's config.json cannot be read, before anybody reads more of it."""
+    path = f"{folder}/config.json"
+    if not os.path.isdir(folder):  # a hub name, which the library reads
+        return
+    content = parse_json(path, read_bytes(path))
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: must be a JSON object, got {type(content).__name__}")
+    for name, limit in LIMITS.items():
+        value = content.get(name)
+        if isinstance(value, int | float) and not value <= limit:
+            raise InputError(f"{path}: {name} must be at most {limit}, got {value:g}")
+    with reading(path):
+        transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
 def weight_files(folder: str) -> dict[str, list[str]]:
     """Safetensors file, as a path inside the model folder -> the names of its tensors. Sorted."""
     single, index = f"{folder}/model.safetensors", f"{folder}/model.safetensors.index.json"
-    if not os.path.exists(index):
-        if not os.path.exists(single):
+    if not os.path.isfile(index):
+        if not os.path.isfile(single):
             raise InputError(f"{folder}: has no model.safetensors(.index.json); "
                              "only safetensors weights are loaded")
         with reading(folder), safe_open(single, "pt") as file:
@@ -94,7 +116,8 @@ def weight_files(folder: str) -> dict[str, list[str]]:
         raise InputError(f'{index}: must have a "weight_map" of tensor names to files')
     files: dict[str, list[str]] = {}
     for name, path in sorted(weight_map.items(), key=lambda item: item[::-1]):
-        if os.path.isabs(path) or os.pardir in path.split("/"):
+        is_inside_folder = not os.path.isabs(path) and os.pardir not in path.split("/")
+        if not is_inside_folder or not os.path.isfile(f"{folder}/{path}"):
             raise InputError(f"{index}: {path!r} must be a file inside that folder")
         files.setdefault(path, []).append(name)
     return files
@@ -114,18 +137,18 @@ def model_identity(path: str) -> str:
         file_path = os.path.join(path, name)
         if name.endswith((".json", ".jinja", ".txt", ".model")):
             digest.update(name.encode() + read_bytes(file_path))
-        elif name.endswith(".safetensors"):
-            with reading(file_path), open(file_path, "rb") as file:
-                (header_length,) = struct.unpack("<Q", file.read(8))
-                header = file.read(header_length)
-                digest.update(header)
-                for tensor in parse_json(file_path, header).values():
-                    if "data_offsets" in tensor:
-                        start, end = tensor["data_offsets"]
-                        _update_with_samples(digest, file, 8 + header_length + start, end - start)
-        elif name.endswith(".bin"):
-            with open(file_path, "rb") as file:
-                _update_with_samples(digest, file, 0, os.path.getsize(file_path))
+
+    has_weights = any(name.startswith("model.safetensors") for name in os.listdir(path))  # else a tokenizer
+    for file_name in weight_files(path) if has_weights else ():
+        file_path = os.path.join(path, file_name)
+        with reading(file_path), open(file_path, "rb") as file:
+            (header_length,) = struct.unpack("<Q", file.read(8))
+            header = file.read(header_length)
+            digest.update(header)
+            for tensor in parse_json(file_path, header).values():
+                if "data_offsets" in tensor:
+                    start, end = tensor["data_offsets"]
+                    _update_with_samples(digest, file, 8 + header_length + start, end - start)
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
@@ -182,18 +205,20 @@ def load(policy: nn.Module, folder: str) -> None:
         raise InputError(f"{folder}: its tensors are not one to one those of {policy.name} "
                          f"(missing: {missing[:3]}, left over: {unknown[:3]})")
 
-    bar = tqdm(total=len(own), desc="loading", unit="tensor", disable=dist.get_rank() > 0, leave=False)
+    bar, seen = progress(None, "loading", total=len(own), unit="tensor"), set()
     for path, names in files.items():
         with safe_open(f"{folder}/{path}", "pt") as file:
             for name in names:
                 if own[name] in tensors:
-                    fill(tensors[own[name]], file.get_slice(name), f"{folder}/{path}: {name}")
+                    tensor = tensors[own[name]]
+                    fill(tensor, file.get_slice(name), f"{folder}/{path}: {name}", is_full=tensor in seen)
+                    seen.add(tensor)
                 bar.update()
     bar.close()
 
 
-def fill(tensor: Tensor, stored: Any, where: str) -> None:
-    """Copy a stored tensor, or of a sharded one this rank's rows."""
+def fill(tensor: Tensor, stored: Any, where: str, is_full: bool) -> None:
+    """Copy a stored tensor, or of a sharded one this rank's rows. If it is full, it must be the same."""
     if stored.get_shape() != list(tensor.shape):
         raise InputError(f"{where} must be {[*tensor.shape]}, got {stored.get_shape()}")
     if tensor.is_floating_point() and stored.get_dtype() not in FLOATS:
@@ -206,6 +231,8 @@ def fill(tensor: Tensor, stored: Any, where: str) -> None:
         stored = stored[...]
     if not stored.isfinite().all():
         raise InputError(f"{where} holds numbers that are not finite: the file is damaged, or the model is")
+    if is_full and not torch.equal(tensor, stored.to(tensor)):
+        raise InputError(f"{where} differs from what it is tied to (tie_word_embeddings in config.json)")
     tensor.copy_(stored)
 
 
@@ -281,6 +308,16 @@ def claim_output_dir(config: Namespace) -> Any:
         if os.path.isdir(source) and is_inside(out, source):
             raise InputError(f"--output-dir {out}: must not be in {source}, which is read")
 
+    for name in ("run.json", *WRITTEN):
+        path, is_file = f"{out}/{name}", "." in name and not name.endswith(".unfinished")
+        right_kind = os.path.isfile(path) if is_file else os.path.isdir(path)
+        if os.path.islink(path) or os.path.lexists(path) and not right_kind:
+            kind = "file" if is_file else "folder"
+            raise InputError(f"{path}: is not of a run of this trainer, which has a {kind} there; "
+                             "move it away, or choose another --output-dir")
+    if os.path.isdir(f"{out}/model") and not os.path.isfile(f"{out}/model/config.json"):
+        raise InputError(f"{out}/model: is not of a run of this trainer; choose another --output-dir")
+
     if os.path.lexists(f"{out}/run.json"):
         if not config.resume:
             raise InputError(f"{out}: already holds a run; continue it with --resume (from its last "
@@ -321,7 +358,7 @@ def refuse_changes(identity: dict[str, Any], out: str) -> None:
     """Raise InputError if the run in folder `out` was started with other flags, data or model."""
     path = f"{out}/run.json"
     before = parse_json(path, read_bytes(path))
-    if not isinstance(before, dict) or not {"config", "content"} <= before.keys():
+    if not isinstance(before, dict) or not all(isinstance(before.get(name), dict) for name in identity):
         raise InputError(f"{path}: is not the record of a run; choose another --output-dir")
 
     changed = []
@@ -364,9 +401,17 @@ def training_state(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def checkpoints_in(folder: str) -> list[str]:
-    """Names, the newest first, of the checkpoints there; what else there is is not ours."""
+    """Names, the newest first, of the checkpoints there; what else there is is not ours.
+
+    Raises InputError for what is called like one, and is none: it is in the way.
+    """
     present = os.listdir(folder) if os.path.isdir(folder) else []
-    return sorted((name for name in present if re.fullmatch(r"step-\d{6,}", name)), reverse=True)
+    names = [name for name in present if re.fullmatch(r"step-\d{6,}", name)]
+    for name in names:
+        path = f"{folder}/{name}"
+        if os.path.islink(path) or not os.path.isfile(f"{path}/state.json"):
+            raise InputError(f"{path}: is no checkpoint, as it has no state.json; move it away")
+    return sorted(names, key=lambda name: int(name[5:]), reverse=True)
 
 
 def save_checkpoint(policy: nn.Module, optimizer: torch.optim.Optimizer, folder: str, step: int,
@@ -393,15 +438,34 @@ def save_checkpoint(policy: nn.Module, optimizer: torch.optim.Optimizer, folder:
     if rank == 0:
         hashes = {name: value for of_rank in of_ranks for name, value in of_rank.items()}
         state = {"step": step, "processes": len(of_ranks), "sha256": hashes, "metrics": metrics}
+        state["seal"] = seal_of(state)
         write_atomically(f"{unfinished}/state.json", json.dumps(state))
         with writing(path):
             os.sync()  # the name must not reach the disk before the content
-            shutil.rmtree(path, ignore_errors=True)  # one that was damaged
+            if os.path.basename(path) in checkpoints_in(folder):
+                shutil.rmtree(path)  # it was damaged
             os.rename(unfinished, path)
         for name in checkpoints_in(folder):
             if f"{folder}/{name}" != path:
                 shutil.rmtree(f"{folder}/{name}", ignore_errors=True)
     dist.barrier()
+
+
+def seal_of(state: dict[str, Any]) -> str:
+    """What tells that a checkpoint's state.json is as it was written."""
+    return content_key(json.dumps({name: value for name, value in state.items() if name != "seal"}))
+
+
+def read_state(path: str) -> dict[str, Any]:
+    """A checkpoint's state.json. Raises InputError if it is not as it was written for that folder."""
+    state = parse_json(f"{path}/state.json", read_bytes(f"{path}/state.json"))
+    if not isinstance(state, dict) or state.get("seal") != seal_of(state):
+        raise InputError(f"{path}/state.json: has changed")
+    names = [f"{kind}.{rank}.safetensors"
+             for kind in ("weights", *MOMENTS) for rank in range(state["processes"])]
+    if f"step-{state['step']:06d}" != os.path.basename(path) or sorted(names) != sorted(state["sha256"]):
+        raise InputError(f"{path}/state.json: is not of this folder")
+    return state
 
 
 def hash_of(path: str) -> str:
@@ -434,20 +498,17 @@ def load_checkpoint(policy: nn.Module, optimizer: torch.optim.Optimizer, folder:
 def what_is_damaged(path: str) -> str:
     """"" if this rank's share of a checkpoint's files is as it was written."""
     try:
-        state = parse_json(f"{path}/state.json", read_bytes(f"{path}/state.json"))
-        hashes = sorted(state["sha256"].items())
+        hashes = sorted(read_state(path)["sha256"].items())
         for name, expected in hashes[dist.get_rank()::dist.get_world_size()]:
             if hash_of(f"{path}/{name}") != expected:
                 return f"{name} has changed"
-        return "" if isinstance(state["metrics"], str) else "state.json"
+        return ""
     except (InputError, OSError) as error:
         return str(error)
-    except (KeyError, TypeError, AttributeError):
-        return "state.json"
 
 
 def _load_sound(policy: nn.Module, optimizer: torch.optim.Optimizer, path: str) -> tuple[int, str]:
-    state = parse_json(f"{path}/state.json", read_bytes(f"{path}/state.json"))
+    state = read_state(path)
     for parameter in policy.parameters():
         optimizer.state[parameter] = {
             "step": torch.tensor(float(state["step"]), device=parameter.device),
@@ -490,14 +551,15 @@ def write_cached(path: str, tensor: Tensor) -> bool:
 
 def read_cached(path: str, shape: tuple[int, ...]) -> Tensor | None:
     """A kept tensor, or None. Says so if it is there and damaged."""
-    if not os.path.exists(path):
+    if not os.path.isfile(path):
         return None
     try:
         with safe_open(path, "pt") as file:
             tensor, expected = file.get_tensor("tensor"), (file.metadata() or {}).get("hash")
     except (OSError, safetensors.SafetensorError):
         tensor, expected = torch.empty(0), None
-    if tensor.shape == shape and _hash_of_numbers(tensor) == expected:
+    is_right = tensor.shape == shape and tensor.dtype == torch.float32 and tensor.isfinite().all()
+    if is_right and _hash_of_numbers(tensor) == expected:
         return tensor
     print0(f"cache       {path} is damaged: computed again")
     return None

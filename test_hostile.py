@@ -147,6 +147,8 @@ FLAGS = [
     (["--output-dir="], "must be more than nothing"),
     (["--model="], "must be more than nothing"),
     (["--data="], "must be more than nothing"),
+    (["--reference="], "must be more than nothing"),
+    (["--test-problems="], "must be more than nothing"),
     (["--data"], "expected at least one argument"),
     (["--unknown=1"], "unrecognized arguments"),
     (["--learn=1"], "unrecognized arguments"),
@@ -169,7 +171,7 @@ RECIPES = {
     "includes what includes it": ("@RECIPE2", "recipe: includes itself"),
     "unknown flag": ("--nope 1", "unrecognized arguments"),
     "bad value": ("--beta zero", "invalid float value: 'zero'"),
-    "a null byte": (b"--instruction a\x00b\n--beta 0", "must be above 0"),
+    "a null byte": (b"--seed 1\n--instruction a\x00b", "recipe:2: a null byte"),
 }
 
 
@@ -234,6 +236,8 @@ def test_rows(place, case, monkeypatch, capsys):
 
 
 DATA = {  # what --data names, and what that is
+    "a pipe": ("pipe.jsonl", "pipe", "pipe.jsonl: is not a file, but a pipe or a device"),
+    "a device": ("zero.jsonl", "device", "zero.jsonl: is not a file, but a pipe or a device"),
     "a folder": ("folder.jsonl", "mkdir", "folder.jsonl: Is a directory"),
     "a dangling link": ("link.jsonl", "link", "link.jsonl: No such file"),
     "of no known kind": ("pairs.csv", b"a,b\n", "must be a .jsonl, .json or .parquet file or a hub dataset"),
@@ -248,8 +252,10 @@ def test_data(place, case, monkeypatch, capsys):
     name, content, message = DATA[case]
     if content == "mkdir":
         (place.folder / name).mkdir()
-    elif content == "link":
-        (place.folder / name).symlink_to("nowhere")
+    elif content in ("link", "device"):
+        (place.folder / name).symlink_to("nowhere" if content == "link" else "/dev/zero")
+    elif content == "pipe":
+        os.mkfifo(place.folder / name)
     else:
         place.write(name, content)
     place.flags["data"] = place.folder / name
@@ -266,20 +272,20 @@ def never_ending() -> str:
 MODELS = {
     "no such folder": (lambda p: p.flags.update(model="/nowhere/at/all"), "/nowhere/at/all: no such folder"),
     "a file": (lambda p: p.flags.update(model=p.folder / "pairs.jsonl"), "pairs.jsonl: no such folder"),
-    "empty": (lambda p: (shutil.rmtree(p.folder / "model"), (p.folder / "model").mkdir()), "model: "),
-    "no config": (lambda p: (p.folder / "model/config.json").unlink(), "model: "),
-    "config not JSON": (lambda p: p.write("model/config.json", "{"), "model: "),
-    "config a list": (lambda p: p.write("model/config.json", "[]"), "model: "),
-    "config null": (lambda p: p.write("model/config.json", "null"), "model: "),
+    "empty": (lambda p: (shutil.rmtree(p.folder / "model"), (p.folder / "model").mkdir()), "model/config.json"),
+    "no config": (lambda p: (p.folder / "model/config.json").unlink(), "model/config.json"),
+    "config not JSON": (lambda p: p.write("model/config.json", "{"), "model/config.json"),
+    "config a list": (lambda p: p.write("model/config.json", "[]"), "model/config.json"),
+    "config null": (lambda p: p.write("model/config.json", "null"), "model/config.json"),
     "config binary": (lambda p: p.write("model/config.json", b"\xff\x00"), "model"),
-    "config without type": (lambda p: p.edit_json("model/config.json", model_type=...), "model: "),
-    "an unknown type": (lambda p: p.edit_json("model/config.json", model_type="nope"), "model: .*nope"),
+    "config without type": (lambda p: p.edit_json("model/config.json", model_type=...), "model/config.json"),
+    "an unknown type": (lambda p: p.edit_json("model/config.json", model_type="nope"), "model/config.json.*nope"),
     "an encoder": (lambda p: p.edit_json("model/config.json", model_type="t5"), "cannot build it from .*model/config.json"),
-    "hidden size a text": (lambda p: p.edit_json("model/config.json", hidden_size="big"), "model: "),
+    "hidden size a text": (lambda p: p.edit_json("model/config.json", hidden_size="big"), "model/config.json"),
     "hidden size negative": (lambda p: p.edit_json("model/config.json", hidden_size=-4), "cannot build it from .*model/config.json"),
     "no heads": (lambda p: p.edit_json("model/config.json", num_attention_heads=0), "cannot build it from .*model/config.json"),
     "heads that do not divide": (lambda p: p.edit_json("model/config.json", num_key_value_heads=3), "must be"),
-    "no layers": (lambda p: p.edit_json("model/config.json", num_hidden_layers=0), "Qwen2ForCausalLM|model: "),
+    "no layers": (lambda p: p.edit_json("model/config.json", num_hidden_layers=0), "model/config.json"),
     "one layer too many": (lambda p: p.edit_json("model/config.json", num_hidden_layers=3, layer_types=...),
                            "one to one.*missing: .*layers.2"),
     "rope unknown": (lambda p: p.edit_json("model/config.json", rope_scaling={"rope_type": "nope"}), "cannot build it from .*model/config.json"),
@@ -287,9 +293,21 @@ MODELS = {
     "quantized": (lambda p: p.edit_json("model/config.json", quantization_config={"quant_method": "gptq"}),
                   "quantiz"),
     "own code": (lambda p: p.edit_json("model/config.json", model_type="mine", auto_map={
-        "AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}), "model: "),
+        "AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}), "model/config.json"),
     "short of positions": (lambda p: p.edit_json("model/config.json", max_position_embeddings=16),
                            r"pairs.jsonl:\d: has \d+ tokens, but Qwen2ForCausalLM has no positions beyond 16"),
+    "a billion layers": (lambda p: p.edit_json("model/config.json", num_hidden_layers=10**9, layer_types=...),
+                         "config.json: num_hidden_layers must be at most 10000"),
+    "a trillion tokens": (lambda p: p.edit_json("model/config.json", vocab_size=10**12), "vocab_size must be at most"),
+    "a billion labels": (lambda p: p.edit_json("model/config.json", num_labels=10**9), "num_labels must be at most"),
+    "name an object": (lambda p: p.edit_json("model/config.json", architectures={"a": 1}), "model"),
+    "scale a text": (lambda p: p.edit_json("model/config.json", logit_scale="x"), "model: "),
+    "tied, and not the same": (lambda p: p.edit_json("model/config.json", tie_word_embeddings=True),
+                               "differs from what it is tied to"),
+    "a pipe for a file": (lambda p: os.mkfifo(p.folder / "model/added.json"), "added.json: is not a file, but a pipe"),
+    "a pipe for weights": (lambda p: ((p.folder / "model/model.safetensors").unlink(),
+                                      os.mkfifo(p.folder / "model/model.safetensors")), "only safetensors weights"),
+    "length a text": (lambda p: p.edit_json("model/tokenizer_config.json", model_max_length="x"), "model: its tokenizer"),
     "no weights": (lambda p: (p.folder / "model/model.safetensors").unlink(), "only safetensors weights"),
     "weights torn": (lambda p: p.write("model/model.safetensors", b"\x10\0\0\0\0\0\0\0{"), "model"),
     "weights empty": (lambda p: p.write("model/model.safetensors", b""), "model"),
@@ -432,7 +450,6 @@ HARMLESS = {
     "metrics binary": lambda p: p.write("out/metrics.jsonl", b"\xff\x00"),
     "a save that was killed": lambda p: p.write("out/checkpoints/step-000004.unfinished/weights.0", "torn"),
     "an export that was killed": lambda p: p.write("out/model.unfinished/config.json", "torn"),
-    "a newer one without content": lambda p: (p.folder / "out/checkpoints/step-000004").mkdir(),
     "a newer one with torn state": lambda p: p.write("out/checkpoints/step-000004/state.json", '{"step'),
     "a newer one with other state": lambda p: p.write("out/checkpoints/step-000004/state.json", "[1]"),
     "a newer one without its files": lambda p: p.write(
@@ -469,7 +486,24 @@ DAMAGED = {
                                   "exp_avg.0.safetensors has changed"),
     "a torn file": (lambda p: os.truncate(p.folder / CHECKPOINT / "exp_avg_sq.0.safetensors", 100), "has changed"),
     "a file gone": (lambda p: (p.folder / CHECKPOINT / "weights.0.safetensors").unlink(), "No such file"),
-    "a state gone": (lambda p: (p.folder / CHECKPOINT / "state.json").unlink(), "state.json: No such file"),
+    "a state gone": (lambda p: (p.folder / CHECKPOINT / "state.json").unlink(), "step-000003: is no checkpoint"),
+    "a checkpoint without content": (lambda p: (p.folder / "out/checkpoints/step-000004").mkdir(),
+                                     "step-000004: is no checkpoint, as it has no state.json; move it away"),
+    "a checkpoint by a link": (lambda p: (p.folder / "out/checkpoints/step-000004").symlink_to("step-000003"),
+                               "step-000004: is no checkpoint"),
+    "a state of another step": (lambda p: p.edit_json(f"{CHECKPOINT}/state.json", step=2), "state.json: has changed"),
+    "a state of no processes": (lambda p: p.edit_json(f"{CHECKPOINT}/state.json", processes=0), "has changed"),
+    "a state without hashes": (lambda p: p.edit_json(f"{CHECKPOINT}/state.json", sha256={}), "has changed"),
+    "a state that leaves its folder": (lambda p: p.edit_json(
+        f"{CHECKPOINT}/state.json", sha256={"../../../etc/passwd": "0"}), "has changed"),
+    "a state with a text for a number": (lambda p: p.edit_json(f"{CHECKPOINT}/state.json", step="3"), "has changed"),
+    "a record of lists": (lambda p: p.edit_json("out/run.json", config=[], content=[]), "is not the record of a run"),
+    "checkpoints by a link": (lambda p: (shutil.move(p.folder / "out/checkpoints", p.folder / "elsewhere"),
+                                         (p.folder / "out/checkpoints").symlink_to(p.folder / "elsewhere")),
+                              "checkpoints: is not of a run of this trainer"),
+    "somebody's empty model": (lambda p: (p.folder / "out/model").mkdir(), "out/model: is not of a run"),
+    "somebody's model by a link": (lambda p: (p.folder / "out/model").symlink_to(p.folder / "model"),
+                                   "out/model: is not of a run"),
     "a state torn": (lambda p: os.truncate(p.folder / CHECKPOINT / "state.json", 30), "state.json:1: not valid"),
     "another flag": (lambda p: p.flags.update(beta=0.3), "another --beta 0.4 -> 0.3"),
     "another schedule": (lambda p: p.flags.update({"max-steps": 9}), "another --max-steps 4 -> 9"),
@@ -546,6 +580,7 @@ CACHES = {
     "a flipped bit": flip_a_byte,
     "of other pairs": lambda path: save_file({"tensor": torch.zeros(2, 3)}, path),
     "not a number": lambda path: save_file({"tensor": torch.full((2, 8), math.nan)}, path),
+    "of another type": lambda path: save_file({"tensor": torch.zeros(2, 8, dtype=torch.int8)}, path),
     "of another kind": lambda path: save_file({"x": torch.zeros(2, 8)}, path),
 }
 
@@ -748,3 +783,29 @@ def test_what_works(place, case, monkeypatch, capsys):
         path.relative_to(place.folder / "model") for path in (place.folder / "model").rglob("*") if path.is_file()}
     expected = {"several files": "training    16 pairs", "a share held out": "held-out    "}.get(case, "training")
     assert expected in out
+
+
+def test_weights_in_a_folder_of_the_model_count_too(place, monkeypatch, capsys):
+    place.flags |= STEPS
+    in_shards(place)
+    monkeypatch.setattr(stepdpo.storage, "export", lambda *_: None)
+    assert start(place.words(), monkeypatch, capsys)[0] == 0
+    path = place.folder / "model/a/model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
+    refused(place, "content of --model", monkeypatch, capsys, "--resume")
+
+
+@pytest.mark.parametrize("name, value", [("RANK", "0"), ("RANK", "x"), ("LOCAL_RANK", "x")])
+def test_an_environment_that_torchrun_did_not_make(place, name, value, monkeypatch, capsys):
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    monkeypatch.setenv(name, value)
+    refused(place, f"{name}.* in the environment must be", monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("environment", [dict(PYTHONIOENCODING="ascii"), dict(LC_ALL="C", PYTHONUTF8="0")])
+def test_an_old_locale_ends_no_run(place, environment):
+    place.edit_rows(chosen=" that is \u2713 right.")
+    ended = subprocess.run([sys.executable, HERE / "stepdpo.py", *place.words()], capture_output=True,
+                           env=ENVIRONMENT | environment, timeout=100)
+    assert ended.returncode == 0, ended.stderr

@@ -1166,7 +1166,7 @@ def test_a_run_is_never_overwritten(workplace, run, tmp_path, capsys):
     (dict(tokens_per_micro_batch=100),
      r"pairs.jsonl:\d+: takes \d+ tokens, more than --tokens-per-micro-batch 100"),
     (dict(reference="tokenizer"), "its vocabulary is not that of"),
-    (dict(model="empty"), "empty: "),
+    (dict(model="empty"), "empty/config.json: No such file"),
     (dict(model="small"), r"pairs.jsonl:\d+: has token \d+, but .*small has 300 embeddings"),
     (dict(model="torn"), "torn: SafetensorError: Error while deserializing header"),
     (dict(model="pickled"), "only safetensors weights are loaded"),

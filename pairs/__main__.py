@@ -16,7 +16,6 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from functools import partial
 
 import torch.distributed as dist
 
@@ -29,6 +28,7 @@ from files import (
     InputError,
     Parser,
     checked,
+    joining,
     print0,
     run_command,
 )
@@ -187,9 +187,14 @@ def run(args: argparse.Namespace, sampler=None, tokenizer=None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    if "RANK" in os.environ:  # set by torchrun
-        dist.init_process_group("gloo")
-    run_command(f"pairs {args.command}", partial(run, args))
+
+    def command() -> None:
+        if "RANK" in os.environ:  # set by torchrun
+            with joining():
+                dist.init_process_group("gloo")
+        run(args)
+
+    run_command(f"pairs {args.command}", command)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data import open_turn, read_tokenizer, tokenize
 from files import InputError, content_key, lock, parse_json, read_bytes, writing
-from storage import FLOATS, model_identity, reading
+from storage import FLOATS, check_config, model_identity, reading
 
 from .grading import extract_answer, is_correct
 from .problems import Problem
@@ -184,6 +184,8 @@ class Samples:
 
     def __init__(self, path: str, settings: Settings, sampler: Any = None, tokenizer: Any = None):
         self.settings = settings
+        if not settings.server:  # for which the folder need only hold a tokenizer
+            check_config(settings.model)
         self.tokenizer = tokenizer or read_tokenizer(settings.model)
         self.cache = Cache(path, settings.identity(), Sample.__annotations__)
         kind = ServerSampler if settings.server else LocalSampler
@@ -288,7 +290,8 @@ class ServerSampler:
 
         for i, (text, tokens, cut) in post_all(settings.server, "completions", bodies, settings.concurrency,
                                                self._read):
-            if type(tokens) is not int or tokens < 0:  # not every server counts; tokenizers dislike threads
+            # Not every server counts, or rightly. Not in `_read`, because tokenizers dislike threads.
+            if type(tokens) is not int or not 0 <= tokens <= settings.max_new_tokens:
                 tokens = len(self.tokenizer(text, add_special_tokens=False).input_ids)
             yield [(i, Continuation(text, tokens, cut))]
 
@@ -326,7 +329,7 @@ class LocalSampler:
         with reading(folder):
             model, found = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=getattr(torch, dtype), trust_remote_code=False, output_loading_info=True,
-                ignore_mismatched_sizes=True)  # they are in `found` then, by name
+                use_safetensors=True, ignore_mismatched_sizes=True)  # they are in `found` then, by name
             model = model.to(self.device).eval()
         refuse_other_tensors(folder, model, found)
         return model
@@ -437,6 +440,8 @@ class LocalSampler:
     def _choose(self, logits: Tensor, numbers: list[float]) -> Tensor:
         """(N,) tokens of (N, V) logits: the likeliest, or of the top-p nucleus, by a uniform number a row."""
         top_p = self.settings.top_p
+        if not logits.isfinite().all():
+            raise InputError(f"{self.settings.model}: its logits are not finite, so nothing can be sampled")
         if self.settings.temperature == 0:
             return logits.argmax(-1)
         probabilities = (logits.float() / self.settings.temperature).softmax(-1)

@@ -18,6 +18,7 @@ from files import InputError
 TRIES = 6        # of a request
 PAUSE = 1.0      # seconds before the second try; then twice as long each time
 TIMEOUT = 600.0  # seconds for one try
+LARGEST_REPLY = 2**26  # bytes
 
 
 class Refused(InputError):
@@ -35,8 +36,9 @@ def api_key() -> str:
 def shown(text: str) -> str:
     """What a server or a library says, as one line without the key: servers repeat it in their errors."""
     if api_key():
-        escaped_or_not = [rf"\\?{re.escape(character)}" for character in api_key()]
-        text = re.sub("".join(escaped_or_not), "***", text)
+        ways_to_write = [rf"(?:\\?{re.escape(character)}|%{ord(character):02x}|\\u{ord(character):04x})"
+                         for character in api_key()]
+        text = re.sub("".join(ways_to_write), "***", text, flags=re.I)
     printable = "".join(character if character.isprintable() else " " for character in text[:2000])
     return " ".join(printable.split())[:500]
 
@@ -57,8 +59,8 @@ def fetch(url: str, body: dict | None = None) -> Any:
         pause = PAUSE * 2**attempt * random.uniform(0.5, 1)
         try:
             request = urllib.request.Request(url, data, headers)
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
-                return json.loads(reply.read())
+            with OPENER.open(request, timeout=TIMEOUT) as reply:
+                return json.loads(read_all(reply))
         except urllib.error.HTTPError as error:
             kind, problem = Refused, f"{error.code} {error.reason}"
             with suppress(OSError, http.client.HTTPException):
@@ -76,6 +78,31 @@ def fetch(url: str, body: dict | None = None) -> Any:
         if attempt < TRIES - 1:
             time.sleep(pause)
     raise kind(f"{url}: gave up after {TRIES} tries, the last: {shown(problem)}; the same command continues")
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Another host must not get the key, nor make the samples."""
+
+    def redirect_request(self, *args: Any) -> None:
+        return None
+
+
+OPENER = urllib.request.build_opener(NoRedirect)
+
+
+def read_all(reply: http.client.HTTPResponse) -> bytes:
+    """The body. Raises ValueError if it is too long, and TimeoutError if it comes too slowly."""
+    parts, size, deadline = [], 0, time.monotonic() + TIMEOUT
+    while True:
+        part = reply.read1(2**16)
+        parts.append(part)
+        size += len(part)
+        if not part:
+            return b"".join(parts)
+        if size > LARGEST_REPLY:
+            raise ValueError(f"more than {LARGEST_REPLY} bytes")
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"took more than {TIMEOUT} s")
 
 
 def hint(status: int, body: dict | None) -> str:
@@ -114,7 +141,7 @@ def served_model(server: str, name: str) -> str:
         raise InputError(f"{server}: does not serve {name!r} (--server-model), "
                          f"but: {shown(', '.join(map(str, roots))) or 'nothing'}")
     root = roots[name]
-    return f"{name} ({root})" if root and root != name else name
+    return f"{name} ({shown(str(root))})" if root and root != name else name
 
 
 def post_all(server: str, path: str, bodies: list[dict], concurrency: int,

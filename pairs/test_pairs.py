@@ -677,6 +677,19 @@ def test_a_sample_ends_where_the_model_has_no_more_positions(tiny, tokenizer, tm
     assert re.search(r"20 tokens at most.*has \d+; remove its problem: 'Tom has 3 boxes w", one_line(error))
 
 
+def test_logits_that_are_not_finite_are_no_samples(tiny, tokenizer):
+    sampler = LocalSampler(Settings(tiny, temperature=0.5), tokenizer)
+    with pytest.raises(InputError, match="its logits are not finite"):
+        sampler._choose(torch.tensor([[0.0, math.nan]]), [0.5])
+
+
+def test_no_pickled_weights_are_read(tiny, tokenizer, tmp_path):
+    shutil.copytree(tiny, tmp_path / "m")
+    (tmp_path / "m/model.safetensors").rename(tmp_path / "m/pytorch_model.bin")
+    with pytest.raises(InputError, match="m: "):
+        _ = LocalSampler(Settings(str(tmp_path / "m")), tokenizer).model
+
+
 def test_a_tokenizer_of_another_model_is_refused(tiny, tokenizer):
     with pytest.raises(InputError) as error:
         all_of(local(tiny, tokenizer), [([1], "a"), ([5, len(tokenizer), 1], "b")])
@@ -982,6 +995,37 @@ def test_a_long_message_is_not_cut_within_the_key(serve, monkeypatch, tokenizer)
         with pytest.raises(InputError) as error:
             all_of(sampler_on(serve(None, [reply]), tokenizer), [([1], "a")])
         assert "secret" not in one_line(error)
+
+
+@pytest.mark.parametrize("spelled", ["sk-Very secret", "sk%2DVery%20secret", r"sk\u002dVery\u0020secret",
+                                     "SK-VERY SECRET", r"sk\-Very secret"])
+def test_the_key_is_masked_however_it_is_spelled(monkeypatch, spelled):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-Very secret")
+    assert client.shown(f"no such key: {spelled}!") == "no such key: ***!"
+
+
+def test_another_host_gets_no_key_and_makes_no_samples(serve, monkeypatch, tokenizer):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    other = serve(echo(tokenizer))
+    server = serve(echo(tokenizer), [(302, {"Location": f"{other.url}/v1/completions"})])
+    with pytest.raises(client.Refused, match="302 Found"):
+        all_of(sampler_on(server, tokenizer), [([1], "a")])
+    assert other.tried == 0
+
+
+def test_a_reply_without_end_ends(serve, monkeypatch, tokenizer):
+    monkeypatch.setattr(client, "LARGEST_REPLY", 1000)
+    server = serve(echo(tokenizer), [b" " * 10_000] * 6)
+    with pytest.raises(client.Refused, match="more than 1000 bytes"):
+        all_of(sampler_on(server, tokenizer), [([1], "a")])
+
+    class Dripping:
+        def read1(self, size):
+            return b" "
+    monkeypatch.setattr(client, "LARGEST_REPLY", 10**9)
+    monkeypatch.setattr(client, "TIMEOUT", 0.1)
+    with pytest.raises(TimeoutError, match="took more than 0.1 s"):
+        client.read_all(Dripping())
 
 
 @pytest.mark.parametrize("key", ["sk-s\u00e9cret", "sk-sec\nret", "sk-sec\x7fret", "\u201csk-secret\u201d"])
