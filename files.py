@@ -55,49 +55,58 @@ def progress(things: Any, desc: str, **options) -> tqdm:
 
 def run_command(name: str, command: Callable[[], None]) -> None:
     """Run a program, and end it: bad input, a full disk and Ctrl-C are one line, not a stack trace."""
-    message, status, waited = "", 0, False
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # an old locale must not end a run because of a letter
             stream.reconfigure(errors="backslashreplace")
+    message, status = "", 2
     try:
         end_with_torchrun()
         command()
-    except InputError as error:
-        message, status = f"error: {error}", 2
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        message, status = "stopped by Ctrl-C; the same command goes on from what is on disk", 130
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else "reading or writing: "
-        message, status = f"error: {where}{error.strerror or error}", 2
-    except torch.OutOfMemoryError as error:
-        message = f"error: out of GPU memory, smaller batches need less: {str(error).splitlines()[0]}"
-        status = 2
-    except MemoryError:
-        message, status = "error: out of memory", 2
-    except RuntimeError as error:
-        if not re.search("timed out|connection (closed|reset)", str(error), re.I):
+    except (Exception, KeyboardInterrupt) as error:
+        message = explained(error)
+        if not message:
             raise
-        message, status = f"error: waited in vain for another process: it hangs, or has ended ({error})", 2
-        waited = True
+        if isinstance(error, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            status = 130
     finally:
         if not message:  # else first say why: as soon as this one leaves, the others say that they waited
             leave_process_group()
-
-    # The exception is gone, and with it the frames that held progress bars: those are closed, and end in a
-    # line break. So the message is the last thing, on a line of its own.
     if not message:
         return
-    if waited or os.environ.get("LOCAL_RANK", "0") != "0":
+
+    if WAITED in message or os.environ.get("LOCAL_RANK", "0") != "0":
         # Mostly all ranks meet the same mistake. Then rank 0 says it, and torchrun ends this one meanwhile.
         # So it does where another one has ended and said why.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
+    # The exception is gone, and with it the frames that held progress bars: those are closed, and end in a
+    # line break. So the message is the last thing, on a line of its own.
     print(f"{name}: {message}", file=sys.stderr, flush=True)
     leave_process_group()
     if status == 130:
         os._exit(status)  # at once: threads may wait for a server's reply
     sys.exit(status)
+
+
+WAITED = "waited in vain for another process: it hangs, or has ended"
+
+
+def explained(error: BaseException) -> str:
+    """What a user should read of an error; "" if it is a mistake in here, whose stack trace is wanted."""
+    if isinstance(error, InputError):
+        return f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped by Ctrl-C; the same command goes on from what is on disk"
+    if isinstance(error, OSError):
+        return f"error: {error.filename or 'reading or writing'}: {error.strerror or error}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"error: out of GPU memory, smaller batches need less: {str(error).splitlines()[0]}"
+    if isinstance(error, MemoryError):
+        return "error: out of memory"
+    if isinstance(error, RuntimeError) and re.search("timed out|connection (closed|reset)", str(error), re.I):
+        return f"error: {WAITED} ({error})"
+    return ""
 
 
 @contextmanager
