@@ -308,15 +308,7 @@ def claim_output_dir(config: Namespace) -> Any:
         if os.path.isdir(source) and is_inside(out, source):
             raise InputError(f"--output-dir {out}: must not be in {source}, which is read")
 
-    for name in ("run.json", *WRITTEN):
-        path, is_file = f"{out}/{name}", "." in name and not name.endswith(".unfinished")
-        right_kind = os.path.isfile(path) if is_file else os.path.isdir(path)
-        if os.path.islink(path) or os.path.lexists(path) and not right_kind:
-            kind = "file" if is_file else "folder"
-            raise InputError(f"{path}: is not of a run of this trainer, which has a {kind} there; "
-                             "move it away, or choose another --output-dir")
-    if os.path.isdir(f"{out}/model") and not os.path.isfile(f"{out}/model/config.json"):
-        raise InputError(f"{out}/model: is not of a run of this trainer; choose another --output-dir")
+    refuse_other_kinds(out)
 
     if os.path.lexists(f"{out}/run.json"):
         if not config.resume:
@@ -329,6 +321,19 @@ def claim_output_dir(config: Namespace) -> Any:
                 raise InputError(f"{out}/{name}: is not of a run of this trainer, as there is no run.json "
                                  "beside it; choose another --output-dir")
     return lock(f"{out}/.lock")
+
+
+def refuse_other_kinds(out: str) -> None:
+    """Raise InputError for links, folders instead of files and the like: a run makes no such things."""
+    for name in ("run.json", *WRITTEN):
+        path, is_file = f"{out}/{name}", name.endswith((".json", ".jsonl"))
+        is_right_kind = os.path.isfile(path) if is_file else os.path.isdir(path)
+        if os.path.islink(path) or os.path.lexists(path) and not is_right_kind:
+            kind = "file" if is_file else "folder"
+            raise InputError(f"{path}: is not of a run of this trainer, which has a {kind} there; "
+                             "move it away, or choose another --output-dir")
+    if os.path.isdir(f"{out}/model") and not os.path.isfile(f"{out}/model/config.json"):
+        raise InputError(f"{out}/model: is not of a run of this trainer; choose another --output-dir")
 
 
 def is_inside(path: str, folder: str) -> bool:
@@ -441,14 +446,22 @@ def save_checkpoint(policy: nn.Module, optimizer: torch.optim.Optimizer, folder:
         state["seal"] = seal_of(state)
         write_atomically(f"{unfinished}/state.json", json.dumps(state))
         with writing(path):
-            os.sync()  # the name must not reach the disk before the content
             if os.path.basename(path) in checkpoints_in(folder):
-                shutil.rmtree(path)  # it was damaged
+                os.rename(path, f"{path}.damaged.unfinished")  # it was, or this step would not have come again
+            os.sync()  # the name must not reach the disk before the content
             os.rename(unfinished, path)
-        for name in checkpoints_in(folder):
-            if f"{folder}/{name}" != path:
-                shutil.rmtree(f"{folder}/{name}", ignore_errors=True)
+            remove_old_checkpoints(folder, os.path.basename(path))
     dist.barrier()
+
+
+def remove_old_checkpoints(folder: str, newest: str) -> None:
+    """Also what a kill has left of others. Renamed before, so that what is called step-N is always whole."""
+    for name in checkpoints_in(folder):
+        if name != newest:
+            os.rename(f"{folder}/{name}", f"{folder}/{name}.unfinished")
+    for name in os.listdir(folder):
+        if re.fullmatch(r"step-\d{6,}.*\.unfinished", name):
+            shutil.rmtree(f"{folder}/{name}", ignore_errors=True)
 
 
 def seal_of(state: dict[str, Any]) -> str:

@@ -449,6 +449,7 @@ HARMLESS = {
     "metrics gone": lambda p: (p.folder / "out/metrics.jsonl").unlink(),
     "metrics binary": lambda p: p.write("out/metrics.jsonl", b"\xff\x00"),
     "a save that was killed": lambda p: p.write("out/checkpoints/step-000004.unfinished/weights.0", "torn"),
+    "a removal that was killed": lambda p: p.write("out/checkpoints/step-000002.unfinished/weights.0", "torn"),
     "an export that was killed": lambda p: p.write("out/model.unfinished/config.json", "torn"),
     "a newer one with torn state": lambda p: p.write("out/checkpoints/step-000004/state.json", '{"step'),
     "a newer one with other state": lambda p: p.write("out/checkpoints/step-000004/state.json", "[1]"),
@@ -469,6 +470,7 @@ def test_what_a_run_gets_over(stopped, case, monkeypatch, capsys):
     HARMLESS[case](stopped)
     out = goes_on(stopped, monkeypatch, capsys)
     assert ("is damaged" in out) == ("a newer one" in case)
+    assert not list((stopped.folder / "out/checkpoints").glob("*.unfinished"))
     if case == "other things beside it":
         assert (stopped.folder / "out/checkpoints/best/weights").read_text() == "mine"
 
