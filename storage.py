@@ -447,7 +447,7 @@ def save_checkpoint(policy: nn.Module, optimizer: torch.optim.Optimizer, folder:
         write_atomically(f"{unfinished}/state.json", json.dumps(state))
         with writing(path):
             if os.path.basename(path) in checkpoints_in(folder):
-                os.rename(path, f"{path}.damaged.unfinished")  # it was, or this step would not have come again
+                os.rename(path, f"{path}.damaged.unfinished")  # or this step would not have come again
             os.sync()  # the name must not reach the disk before the content
             os.rename(unfinished, path)
             remove_old_checkpoints(folder, os.path.basename(path))
