@@ -797,7 +797,7 @@ def test_weights_in_a_folder_of_the_model_count_too(place, monkeypatch, capsys):
     refused(place, "content of --model", monkeypatch, capsys, "--resume")
 
 
-@pytest.mark.parametrize("name, value", [("RANK", "0"), ("RANK", "x"), ("LOCAL_RANK", "x")])
+@pytest.mark.parametrize("name, value", [("RANK", "0"), ("RANK", "x")])
 def test_an_environment_that_torchrun_did_not_make(place, name, value, monkeypatch, capsys):
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -805,9 +805,8 @@ def test_an_environment_that_torchrun_did_not_make(place, name, value, monkeypat
     refused(place, f"{name}.* in the environment must be", monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("environment", [dict(PYTHONIOENCODING="ascii"), dict(LC_ALL="C", PYTHONUTF8="0")])
-def test_an_old_locale_ends_no_run(place, environment):
+def test_an_old_locale_ends_no_run(place):
     place.edit_rows(chosen=" that is \u2713 right.")
     ended = subprocess.run([sys.executable, HERE / "stepdpo.py", *place.words()], capture_output=True,
-                           env=ENVIRONMENT | environment, timeout=100)
+                           env=ENVIRONMENT | {"PYTHONIOENCODING": "ascii"}, timeout=100)
     assert ended.returncode == 0, ended.stderr
