@@ -49,6 +49,7 @@ from files import InputError, content_key, parse_json, progress, read_bytes
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 TEMPLATES = ("chat", "alpaca", "deepseek-math")
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # a lone surrogate, which is no text
 SPANS = {"step": ("chosen", "rejected"), "solution": ("full_chosen", "full_rejected")}
 
 
@@ -171,7 +172,7 @@ def open_turn(tokenizer, prompt: str, template: str, instruction: str | None = N
         problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise InputError(f"{tokenizer.name_or_path}: its chat template fails on {user[:60]!r} "
                          f"({problem!r})") from None
-    if user.strip() not in text or re.search("[\ud800-\udfff]", text):
+    if user.strip() not in text or HALF_CHARACTER.search(text):
         raise InputError(f"{tokenizer.name_or_path}: its chat template changes or drops the problem: "
                          f"{user[:60]!r} becomes {text[:200]!r}")
     return text
@@ -246,6 +247,11 @@ def encode(
     return pairs, dropped
 
 
+def is_one_message(prompt: list) -> bool:
+    """Whether it is a list of one message of the user, as chat data sets have prompts."""
+    return [isinstance(turn, dict) and turn.get("role") for turn in prompt] == ["user"]
+
+
 def prompt_of(row: dict) -> str:
     """The problem: `prompt` is its text, or a list of one message of the user."""
     prompt = row["prompt"]
@@ -271,12 +277,12 @@ def _what_is_wrong(row: dict, span: str) -> str | None:
             return f"has no field {name!r}; a row needs {', '.join(names)}"
         text = row[name]
         if name == "prompt" and isinstance(text, list):
-            if [isinstance(turn, dict) and turn.get("role") for turn in text] != ["user"]:
+            if not is_one_message(text):
                 return "'prompt' must be text, or a list of one message of the user"
             text = text[0].get("content")
         if not isinstance(text, str):
             return f"{name!r} must be text, got {type(text).__name__}"
-        if re.search("[\ud800-\udfff]", text):
+        if HALF_CHARACTER.search(text):
             return f"{name!r} has half a character (a lone surrogate); remove the row or repair it"
         if name == "prompt" and not text.strip():
             return "'prompt' is empty; remove the row or fill it in"

@@ -307,7 +307,6 @@ TEXT = checked(str, bool, "more than nothing")  # which an unset shell variable 
 POSITIVE_INT = checked(int, lambda x: 0 < x <= LARGEST, "above 0 and at most 10^12")
 POSITIVE_FLOAT = checked(float, lambda x: 0 < x < math.inf, "above 0")
 INT = checked(int, lambda x: 0 <= x <= LARGEST, "at least 0 and at most 10^12")
-FLOAT = checked(float, lambda x: 0 <= x < math.inf, "at least 0")
 SHARE = checked(float, lambda x: 0 <= x <= 1, "from 0 to 1")
 # Without a name and password in it, which messages would show.
 URL = checked(str, lambda x: re.fullmatch(r"https?://[\w.:\[\]-]+(/[^\s@]*)?", x, re.A),

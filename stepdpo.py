@@ -47,7 +47,7 @@ import files
 import storage
 from attention import current_row
 from data import Batch, Pair
-from files import INT, POSITIVE_FLOAT, POSITIVE_INT, SHARE, TEXT, InputError, print0, refuse_model
+from files import INT, POSITIVE_FLOAT, POSITIVE_INT, SHARE, TEXT, InputError, print0, progress, refuse_model
 from kernels import linear_logps
 
 Config = argparse.Namespace  # the flags, by name
@@ -187,7 +187,7 @@ def micro_batches(pairs: Sequence[Pair], indices: Sequence[int], config: Config,
     lengths = [pairs[i].tokens(config.share_prefix) for i in indices]
     plan = data.split(lengths, ranks, config.tokens_per_micro_batch)
 
-    for shares in tqdm(plan, desc=desc, unit="batch", disable=desc is None or rank != 0, leave=False):
+    for shares in progress(plan, desc, unit="batch") if desc else plan:
         own = [int(indices[j]) for j in shares[rank]]
         yield own, data.pack([pairs[i] for i in own], config.share_prefix).to(local_device())
 

@@ -32,7 +32,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 from files import (
     InputError,
@@ -251,7 +250,7 @@ def export(policy: nn.Module, source: str, folder: str) -> None:
 
     files = weight_files(source)
     own = own_names(policy.model, files)
-    for path in tqdm(files, desc="exporting", unit="file", disable=not is_writer, leave=False):
+    for path in progress(files, "exporting", unit="file"):
         trained = {}
         with safe_open(f"{source}/{path}", "pt") as before:
             for name in files[path]:
@@ -509,7 +508,7 @@ def load_checkpoint(policy: nn.Module, optimizer: torch.optim.Optimizer, folder:
 
 
 def what_is_damaged(path: str) -> str:
-    """"" if this rank's share of a checkpoint's files is as it was written."""
+    """What is wrong with this rank's share of a checkpoint's files, "" if they are as they were written."""
     try:
         hashes = sorted(read_state(path)["sha256"].items())
         for name, expected in hashes[dist.get_rank()::dist.get_world_size()]:

@@ -13,7 +13,7 @@ import os
 import re
 from typing import Any, NamedTuple
 
-from data import read_rows
+from data import HALF_CHARACTER, is_one_message, read_rows
 from files import InputError, content_key
 
 from .grading import extract_answer
@@ -57,7 +57,7 @@ def _problem(where: str, row: dict, name: str) -> Problem:
     """Of a row in one of FORMATS; `name` is that of the dataset, if the row has none."""
     prompt, answer, reference = _fields(where, row)
     if isinstance(prompt, list):
-        if [isinstance(turn, dict) and turn.get("role") for turn in prompt] != ["user"]:
+        if not is_one_message(prompt):
             raise InputError(f"{where}: the problem must be text, or a list of one message of the user")
         prompt = prompt[0].get("content")
     answers = answer if isinstance(answer, list) else [answer]
@@ -81,7 +81,7 @@ def _text(where: str, name: str, value: Any) -> str:
     is_number = type(value) is int or type(value) is float and math.isfinite(value)  # True is an int too
     if not isinstance(value, str) and not is_number:
         raise InputError(f"{where}: the {name} must be text or a finite number, got {type(value).__name__}")
-    if re.search("[\ud800-\udfff]", str(value)):
+    if HALF_CHARACTER.search(str(value)):
         raise InputError(f"{where}: the {name} has half a character (a lone surrogate); "
                          "remove the row or repair it")
     return str(value)

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import open_turn, read_tokenizer, tokenize
-from files import InputError, content_key, lock, parse_json, read_bytes, writing
+from files import InputError, content_key, lock, parse_json, progress, read_bytes, writing
 from storage import FLOATS, check_config, model_identity, reading
 
 from .grading import extract_answer, is_correct
@@ -236,8 +236,7 @@ class Samples:
 
         right = done = tokens = 0
         began = time.monotonic()
-        with tqdm(total=len(wanted), desc=label, unit="sample", disable=self.cache.rank > 0, mininterval=1,
-                  leave=False) as bar:
+        with progress(None, label, total=len(wanted), unit="sample", mininterval=1) as bar:
             for batch in self.sampler.sample(wanted):
                 rows = [graded_row(*origins[i], continuation) for i, continuation in batch]
                 self.cache.add(rows)
