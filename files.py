@@ -140,9 +140,18 @@ def end_with_torchrun() -> None:
 
 def local_rank() -> int:
     """This process' number on its node, as torchrun says it."""
-    text = os.environ.get("LOCAL_RANK", "0")
+    return number_in_environment("LOCAL_RANK", "0")
+
+
+def local_processes() -> int:
+    """How many processes torchrun has started on this node."""
+    return number_in_environment("LOCAL_WORLD_SIZE", "1")
+
+
+def number_in_environment(name: str, default: str) -> int:
+    text = os.environ.get(name, default)
     if not text.isdecimal():
-        raise InputError(f"LOCAL_RANK in the environment must be a number, got {text!r}")
+        raise InputError(f"{name} in the environment must be a number, got {text!r}")
     return int(text)
 
 

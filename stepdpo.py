@@ -14,13 +14,12 @@ where pi_ref is the model before training. Only the step is trained on; all befo
 In reading order: the loss; the policy, a model that returns log-probabilities of steps; from pairs to
 log-probabilities; the training; what comes before its first step; building and sharding the model; the
 output folder; flags. data.py says what a pair is and how it becomes tokens, attention.py how packed pairs do
-not see each other, kernels.py why no logits are ever held, storage.py how weights get from a disk into shards
-and back.
+not see each other, kernels.py why no logits are ever held, offload.py how 72B parameters fit, storage.py how
+they get from a disk into shards and back.
 """
 
 import argparse
 import gc
-import inspect
 import json
 import math
 import os
@@ -38,7 +37,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.distributed import fsdp
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -49,6 +48,8 @@ from attention import current_row
 from data import Batch, Pair
 from files import INT, POSITIVE_FLOAT, POSITIVE_INT, SHARE, TEXT, InputError, print0, progress, refuse_model
 from kernels import linear_logps
+from models import OWN_ATTENTION, compute_buffers, logit_scale, position_limit, refuse_unsupported
+from offload import OFFLOADS, HostAdamW, clip_grad_norm_
 
 Config = argparse.Namespace  # the flags, by name
 
@@ -136,47 +137,6 @@ class Policy(nn.Module):
         return logits[0, -len(step) - 1:-1].float().log_softmax(-1).gather(1, ids[0, -len(step):, None]).sum()
 
 
-def refuse_unsupported(model: nn.Module) -> None:
-    """Raise InputError for a model that would be trained as something else than it computes."""
-    name, config, head = type(model).__name__, model.config.get_text_config(), model.get_output_embeddings()
-    kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
-    if kinds or model._is_stateful:
-        refuse_model(name, f"its layers ({', '.join(sorted(kinds)) or 'recurrent'}) connect tokens in other "
-                           "ways than causal attention and sliding windows, which packed rows would mix up")
-    if not model._can_set_attn_implementation():
-        refuse_model(name, OWN_ATTENTION)
-    if {*model.children()} != {model.base_model, head} or type(head) is not nn.Linear:
-        refuse_model(name, "its logits are not those of its base model and one linear layer")
-    if "position_ids" not in inspect.signature(model.get_decoder().forward).parameters:
-        refuse_model(name, "it counts positions itself, but a packed row has many beginnings")
-    for key in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
-        if getattr(config, key, None):
-            refuse_model(name, f"it caps its logits ({key} = {getattr(config, key)}), and none are made here")
-
-
-OWN_ATTENTION = "it does not take its attention from transformers' interface"
-
-
-def logit_scale(model: nn.Module) -> float:
-    """What the model multiplies its logits by. The self-check finds those that do it in yet another way."""
-    config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0        # Cohere multiplies by it
-    divisor = getattr(config, "logits_scaling", None) or 1.0   # Granite and MiniCPM divide by it
-    return divisor if config.model_type == "hyperclovax" else scale / divisor
-
-
-def position_limit(model: nn.Module) -> float:
-    """Tokens up to which a position means the same in every sequence: learned positions end there, and
-    dynamic and long RoPE use other frequencies as soon as one sequence of a row is longer."""
-    config = model.config.get_text_config()
-    limits = [getattr(config, "max_position_embeddings", None) or math.inf]
-    rope = getattr(config, "rope_parameters", None) or {}
-    for part in [rope, *rope.values()]:  # one for all layers, or one for each kind of layers
-        if isinstance(part, dict) and part.get("rope_type") == "longrope":
-            limits.append(part["original_max_position_embeddings"])
-    return min(limits)
-
-
 # --------------------------------------------------------------------------- from pairs to log-probabilities
 
 
@@ -235,7 +195,7 @@ def train_step(
     dist.all_reduce(logps)  # each pair was filled in by one rank
     metrics = average_metrics(logps[:, indices], reference[:, indices], config.beta)
     # The gradients stay sharded; the norm is that of all shards together.
-    norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).full_tensor().item()
+    norm = clip_grad_norm_(optimizer, config.max_grad_norm).full_tensor().item()
     if not (math.isfinite(metrics["loss"]) and math.isfinite(norm)):
         some = ", ".join(pairs[i].where for i in indices[:5])
         raise InputError(f"step {step}: loss {metrics['loss']}, gradient norm {norm}; nothing was updated. "
@@ -301,9 +261,12 @@ def train(config: Config) -> None:
     # What is trained on, in how many optimizer steps.
     folder = storage.resolve(config.model)
     storage.check_config(folder)
+    if config.test_problems:
+        refuse_answering(folder, config)
     tokenizer = data.read_tokenizer(folder)
     pairs, held_out = read_pairs(tokenizer, config)
     identity = storage.identity_of(folder, data.fingerprint(pairs), data.fingerprint(held_out), config)
+    storage.refuse_other_nodes(identity, config)
     if storage.is_finished(identity, config):
         return print0(f"finished    already: {config.output_dir}/model")
     storage.refuse_full_disk(folder, config)
@@ -313,8 +276,10 @@ def train(config: Config) -> None:
 
     # The policy before training is the reference: what it says of each pair is computed once.
     policy, reference, held_out_reference = reference_pass(folder, pairs, held_out, steps, tokenizer, config)
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
+    AdamW = HostAdamW if config.offload else torch.optim.AdamW
+    optimizer = AdamW(policy.parameters(), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
+    if config.offload == "gradients":
+        optimizer.take_gradients()
 
     with files.noticing_stop_signals() as stop_asked:
         first = start_or_resume(policy, optimizer, identity, steps, config)
@@ -375,11 +340,28 @@ def fill_budget(config: Config, pairs: list[Pair]) -> Config:
     longest = max(pairs, key=lambda pair: pair.tokens(config.share_prefix))
     needed = longest.tokens(config.share_prefix)
     usual = 4096 if local_device().type == "cuda" else 1024
+    if config.offload == "all":
+        usual *= 4  # every micro-batch brings all weights up, and all gradients down
     budget = config.tokens_per_micro_batch or max(needed, usual)
     if needed > budget:
         raise InputError(f"{longest.where}: takes {needed} tokens, more than --tokens-per-micro-batch "
                          f"{budget}; raise that or lower --max-length")
     return Config(**{**vars(config), "tokens_per_micro_batch": budget})
+
+
+def refuse_answering(folder: str, config: Config) -> None:
+    """Raise InputError if a process cannot hold the model, as --test-problems has each of them do."""
+    needed = storage.count_numbers(folder) * getattr(torch, config.dtype).itemsize
+    if local_device().type == "cuda":
+        room = torch.cuda.get_device_properties(local_device()).total_memory
+    else:
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // files.local_processes()
+    if needed > 0.9 * room:
+        raise InputError(
+            f"--test-problems: each process would hold the model, {needed / 1e9:,.0f} GB, and has "
+            f"{room / 1e9:,.0f} GB. Leave it away, and ask a server before and after: vllm serve MODEL; "
+            f"python -m pairs solve --server http://localhost:8000 --model MODEL --problems "
+            f"{config.test_problems} --samples 1 --temperature 0 --out ANSWERS")
 
 
 def reference_pass(folder: str, pairs: list[Pair], held_out: list[Pair], steps: int, tokenizer: Any,
@@ -415,8 +397,8 @@ def describe(policy: Policy, pairs: list[Pair], steps: int, tokenizer: Any, conf
     per_step = len(pairs) / data.steps_per_epoch(len(pairs), config.batch_size)
     saves = "saves" if config.share_prefix else "would save"
     print0(f"model       {config.model}: {policy.name}, {parameters / 1e6:,.1f}M parameters",
-           f"processes   {dist.get_world_size()} x {device_name()}, compute in {config.dtype}, "
-           "master weights in float32",
+           f"processes   {dist.get_world_size()} x {device_name()}, CPU threads of each: "
+           f"{torch.get_num_threads()}; compute in {config.dtype}, master weights in float32",
            f"lengths     prefix {prefix:.0f}, chosen {chosen:.0f}, rejected {rejected:.0f} tokens on "
            f"average; sharing the prefix {saves} {saved:.0%} of all tokens",
            f"steps       {steps} optimizer steps of about {per_step:.0f} pairs, "
@@ -462,22 +444,11 @@ def self_check(policy: Policy, folder: str, pairs: list[Pair], held_out: list[Pa
 
 
 def reference_logps(policy: Policy, folder: str, name: str, pairs: Sequence[Pair], config: Config) -> Tensor:
-    """(2, N) log-probabilities under the reference, computed as the policy's are, or from the cache.
-
-    The cache ($STEPDPO_CACHE, by default ~/.cache/stepdpo) is keyed by a hash of the model's files, the token
-    ids (so of data, template, span and tokenizer) and what changes the arithmetic.
-    """
+    """(2, N) log-probabilities under the reference, computed as the policy's are, or from the cache."""
     if not pairs:
         return torch.empty(2, 0)
-    # Large tensors are only sampled, so the time of writing counts: a model retrained in place is another.
-    written = [os.stat(f"{folder}/{file}").st_mtime_ns for file in storage.weight_files(folder)]
-    key = files.content_key(
-        storage.model_identity(folder), str(written), data.fingerprint(pairs), config.dtype,
-        str(config.share_prefix), local_device().type, torch.__version__, transformers.__version__)
-    cache = os.environ.get("STEPDPO_CACHE") or os.path.expanduser("~/.cache/stepdpo")
-    path = os.path.join(cache, f"{key}.safetensors")
-
     is_reader = dist.get_rank() == 0  # rank 0 alone reads and writes: other nodes may have other disks
+    path = cache_path(folder, pairs, config) if is_reader else ""
     found = [storage.read_cached(path, (2, len(pairs))) if is_reader else None]
     dist.broadcast_object_list(found)
     if found[0] is not None:
@@ -488,6 +459,18 @@ def reference_logps(policy: Policy, folder: str, name: str, pairs: Sequence[Pair
     kept = not is_reader or storage.write_cached(path, logps)
     print0(f"reference   log-probabilities of {name} pairs computed" + (f", kept in {path}" if kept else ""))
     return logps
+
+
+def cache_path(folder: str, pairs: Sequence[Pair], config: Config) -> str:
+    """In $STEPDPO_CACHE, by default ~/.cache/stepdpo, under a hash of the model's files, the token ids (so of
+    data, template, span and tokenizer) and what changes the arithmetic."""
+    # Large tensors are only sampled, so the time of writing counts: a model retrained in place is another.
+    written = [os.stat(f"{folder}/{file}").st_mtime_ns for file in storage.weight_files(folder)]
+    key = files.content_key(
+        storage.model_identity(folder), str(written), data.fingerprint(pairs), config.dtype,
+        str(config.share_prefix), local_device().type, torch.__version__, transformers.__version__)
+    cache = os.environ.get("STEPDPO_CACHE") or os.path.expanduser("~/.cache/stepdpo")
+    return os.path.join(cache, f"{key}.safetensors")
 
 
 # -------------------------------------------------------------------------------------- building and sharding
@@ -516,32 +499,10 @@ def build(folder: str, config: Config) -> Policy:
                            f"({type(error).__name__}: {' '.join(str(error).split())[:300]})")
     with storage.reading(folder):
         policy = Policy(model).eval()
-        compute_buffers(model)
+        compute_buffers(model, local_device())
         shard(policy, config)
         storage.load(policy, folder)
     return policy
-
-
-def compute_buffers(model: nn.Module) -> None:
-    """Give rotary frequencies and the like, which stand in no checkpoint, their numbers.
-
-    The model's own initialisation computes them. Raises InputError for one that it leaves as it was.
-    """
-    owners = {}  # the model that a module belongs to, whose initialisation knows it
-    for path, module in model.named_modules():
-        is_model = isinstance(module, transformers.PreTrainedModel)
-        owner = owners[path] = module if is_model else owners[path.rpartition(".")[0]]
-        names = [name for name, _ in module.named_buffers(recurse=False)]
-        for name in names:
-            setattr(module, name, torch.empty_like(getattr(module, name), device=local_device()))
-        if names:
-            owner._init_weights(module)  # as from_pretrained does; parameters are still on meta
-
-        for name in names:
-            never_written = getattr(module, name)._version == 0  # torch counts changes in place
-            if never_written and name in module._non_persistent_buffers_set:
-                raise InputError(f"{type(model).__name__} is not supported: its buffer {path}.{name} is in "
-                                 "no checkpoint, and the model's initialisation does not compute it")
 
 
 def shard(policy: Policy, config: Config) -> None:
@@ -552,12 +513,13 @@ def shard(policy: Policy, config: Config) -> None:
     lists = [module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList)]
     layers = named or max(lists, key=len, default=())  # older models do not name their decoder layers
 
+    on_host = config.offload == "all"
     offload = fsdp.CPUOffloadPolicy(pin_memory=device.type == "cuda")
     wrap = partial(
         fsdp.fully_shard,
-        mesh=init_device_mesh(device.type, (dist.get_world_size(),)),
+        mesh=mesh_of_ranks(config.shard_size),
         mp_policy=fsdp.MixedPrecisionPolicy(getattr(torch, config.dtype), reduce_dtype=torch.float32),
-        offload_policy=offload if config.offload else fsdp.OffloadPolicy(),
+        offload_policy=offload if on_host else fsdp.OffloadPolicy(),
     )
     for layer in layers:
         if config.compile:
@@ -575,10 +537,21 @@ def shard(policy: Policy, config: Config) -> None:
     fsdp.register_fsdp_forward_method(policy, "plain_logp")
 
     # Memory for the shards. Not `to_empty`, which would empty the buffers too.
-    home = torch.device("cpu") if config.offload else device
+    home = torch.device("cpu") if on_host else device
     policy._apply(lambda tensor: torch.empty_like(tensor, device=home) if tensor.is_meta else tensor)
     if tied:
         head.weight = embedding.weight  # _apply has made two of one
+
+
+def mesh_of_ranks(shard_size: int | None) -> DeviceMesh:
+    """All ranks share one copy of the model, or each `shard_size` neighbours one: FSDP then gathers layers
+    among these, and only the gradients' sums go further."""
+    ranks, device = dist.get_world_size(), local_device().type
+    if shard_size in (None, ranks):
+        return init_device_mesh(device, (ranks,))
+    if ranks % shard_size:
+        raise InputError(f"--shard-size {shard_size}: must divide the number of processes, {ranks}")
+    return init_device_mesh(device, (ranks // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
 
 
 # ------------------------------------------------------------------------------------------ the output folder
@@ -633,17 +606,30 @@ def log(config: Config, line: dict[str, float]) -> None:
 def start_processes(minutes: float = 30) -> None:
     """Join the process group that torchrun describes, or be a group of one."""
     cuda, local_rank = torch.cuda.is_available(), files.local_rank()
+    use_cores_and_memory_well()
     if cuda and local_rank >= torch.cuda.device_count():
         raise InputError(f"--nproc_per_node must be at most {torch.cuda.device_count()}, the GPUs here "
                          "(CUDA_VISIBLE_DEVICES= hides them and trains on the CPU)")
     if cuda:
         torch.cuda.set_device(local_rank)
-    # gloo too on CUDA: with --offload the gradients, whose norm is needed, are in CPU memory.
+    # gloo too on CUDA: with --offload all the gradients, whose norm is needed, are in CPU memory.
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         with files.joining():
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
                                     timeout=timedelta(minutes=minutes), **alone)
+
+
+def use_cores_and_memory_well() -> None:
+    """What torch could have better defaults for."""
+    # torchrun gives each process one thread, unless told otherwise.
+    if os.environ.get("OMP_NUM_THREADS") == "1" and files.local_processes() > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // files.local_processes()))
+    # Rows have all lengths, and blocks of fixed size would leave holes. Page-locked host memory would be
+    # rounded up to powers of two: by 72% for the embedding of Qwen2-72B on 8 GPUs.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        settings = "expandable_segments:True,pinned_max_round_threshold_mb:1"
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", settings)
 
 
 def local_device() -> torch.device:
@@ -700,7 +686,10 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     add("--share-prefix", action=switch, default=True, help="lay out once what chosen and rejected share")
     add("--activation-checkpointing", action=switch, default=cuda,
         help="keep only each layer's input: less memory, 1/3 more work [on CUDA, not on CPU]")
-    add("--offload", action=switch, default=False, help="parameters, gradients, optimizer in CPU memory")
+    add("--offload", choices=OFFLOADS, help="keep in host memory AdamW's moments; these and the gradients; "
+        "or all, with the weights. bench/plan.py says what a model needs [nothing]")
+    add("--shard-size", type=POSITIVE_INT,
+        help="processes that share one copy of the model, those of a node where it fits there [all]")
     add("--compile", action=switch, default=False, help="torch.compile each decoder layer")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16" if cuda else "float32",
         help="compute type; master weights are float32 [bfloat16 on CUDA, else float32]")

@@ -17,7 +17,9 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
+import socket
 import struct
 from argparse import Namespace
 from collections.abc import Iterator
@@ -36,6 +38,7 @@ from torch.distributed.tensor import DTensor
 from files import (
     InputError,
     content_key,
+    local_rank,
     lock,
     parse_json,
     print0,
@@ -120,6 +123,15 @@ def weight_files(folder: str) -> dict[str, list[str]]:
             raise InputError(f"{index}: {path!r} must be a file inside that folder")
         files.setdefault(path, []).append(name)
     return files
+
+
+def count_numbers(folder: str) -> int:
+    """How many numbers the tensors of a model folder hold; only their headers are read."""
+    count = 0
+    for path, names in weight_files(folder).items():
+        with reading(folder), safe_open(f"{folder}/{path}", "pt") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+    return count
 
 
 def model_identity(path: str) -> str:
@@ -289,7 +301,7 @@ def write_weights(tensors: dict[str, Tensor], path: str) -> None:
 WRITTEN = ("metrics.jsonl", "checkpoints", "model", "model.unfinished", "before.jsonl", "after.jsonl")
 # What may change when a run goes on: the result stays the same, and of what is read only the content counts.
 FREE = ("resume", "output_dir", "test_problems", "tokens_per_micro_batch", "eval_every", "save_every",
-        "timeout", "share_prefix", "activation_checkpointing", "offload", "compile",
+        "timeout", "share_prefix", "activation_checkpointing", "offload", "shard_size", "compile",
         "model", "reference", "data", "eval_data")
 
 
@@ -341,11 +353,48 @@ def is_inside(path: str, folder: str) -> bool:
 
 
 def identity_of(folder: str, pairs: str, held_out: str, config: Namespace) -> dict[str, Any]:
-    """What the result of a run depends on, as run.json holds it; the pairs by their fingerprints."""
-    content = {"data": pairs, "eval_data": held_out, "model": model_identity(folder)}
+    """What the result of a run depends on, as run.json holds it; the pairs by their fingerprints.
+
+    Models are looked at by one rank of each node; the others have None for them.
+    """
+    models = {"model": folder}
     if config.reference:
-        content["reference"] = model_identity(resolve(config.reference))
+        models["reference"] = resolve(config.reference)
+    content = {"data": pairs, "eval_data": held_out}
+    for name, path in models.items():
+        content[name] = model_identity(path) if local_rank() == 0 else None
     return {"config": vars(config), "content": content}
+
+
+def refuse_other_nodes(identity: dict[str, Any], config: Namespace) -> None:
+    """Raise InputError if the nodes of a run do not see the same --output-dir, data and model. Collective.
+
+    Every rank writes its part of a checkpoint, so the output folder must be one. Of the rest each node may
+    have a copy.
+    """
+    out, token = config.output_dir, [secrets.token_hex(8)]
+    dist.broadcast_object_list(token)
+    if dist.get_rank() == 0:
+        write_atomically(f"{out}/.nodes", token[0])
+    dist.barrier()
+
+    try:
+        is_shared = read_bytes(f"{out}/.nodes").decode() == token[0]
+    except InputError:
+        is_shared = False
+    seen = [{}] * dist.get_world_size()
+    dist.all_gather_object(seen, {"host": socket.gethostname(), "shared": is_shared, **identity["content"]})
+    if dist.get_rank() == 0:
+        os.unlink(f"{out}/.nodes")
+
+    for rank, other in enumerate(seen):
+        if not other["shared"]:
+            raise InputError(f"--output-dir {out}: rank {rank} on {other['host']} has another folder there "
+                             f"than rank 0 on {seen[0]['host']}; use one that all nodes share")
+        for name in identity["content"]:
+            if other[name] not in (None, seen[0][name]):
+                raise InputError(f"--{name.replace('_', '-')}: rank {rank} on {other['host']} reads another "
+                                 f"content than rank 0 on {seen[0]['host']}; use the same on all nodes")
 
 
 def is_finished(identity: dict[str, Any], config: Namespace) -> bool:

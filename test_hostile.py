@@ -154,7 +154,7 @@ FLAGS = [
     (["--learn=1"], "unrecognized arguments"),
     (["pairs.jsonl"], "unrecognized arguments"),
     (["--no-dtype"], "unrecognized arguments"),
-    (["--offload=yes"], "ignored explicit argument 'yes'"),
+    (["--offload=yes"], "--offload: invalid choice: 'yes'"),
 ]
 
 

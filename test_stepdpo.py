@@ -10,10 +10,12 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import attention
 import data
 import kernels
+import offload
 import stepdpo
 import storage
 from conftest import CHATML, CUDA, ENVIRONMENT, HERE, TORCHRUN, make_rows, rows_of, write_jsonl
@@ -1205,9 +1208,145 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(workplace, tmp_path):
     assert len(losses_of(tmp_path / "out")) == 1 and not (tmp_path / "out/model").exists()
 
 
-def test_offloading_changes_nothing_but_the_place(workplace, run, tmp_path):
-    stepdpo.train(make_config(workplace, tmp_path, offload=True, epochs=2, max_steps=6))
-    assert losses_of(tmp_path) == pytest.approx(losses_of(run), abs=1e-6)
+OFFLOADABLE = dict(max_grad_norm=0.3, tokens_per_micro_batch=300)  # clipped; several micro-batches
+
+
+@pytest.fixture(scope="session")
+def not_offloaded(workplace, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    stepdpo.train(make_config(workplace, out, **OFFLOADABLE))
+    assert all(line["grad_norm"] > 0.3 for line in read_metrics(out))
+    return out
+
+
+@pytest.mark.parametrize("what", offload.OFFLOADS)
+def test_offloading_changes_nothing_but_the_place(workplace, not_offloaded, tmp_path, what):
+    stepdpo.train(make_config(workplace, tmp_path / "out", offload=what, **OFFLOADABLE))
+    assert weights_of(tmp_path / "out/model") == weights_of(not_offloaded / "model")
+    for ours, theirs in zip(read_metrics(tmp_path / "out"), read_metrics(not_offloaded), strict=True):
+        assert ours["loss"] == theirs["loss"] and ours["grad_norm"] == theirs["grad_norm"]
+
+
+@pytest.mark.parametrize("before, after", [("gradients", None), (None, "moments"), ("moments", "all")])
+def test_a_checkpoint_knows_nothing_of_offloading(workplace, not_offloaded, tmp_path, before, after):
+    saves = dict(save_every=3, **OFFLOADABLE)
+    stop_after(3, lambda: stepdpo.train(make_config(workplace, tmp_path / "b", offload=before, **saves)))
+    assert len(losses_of(tmp_path / "b")) == 3
+    stepdpo.train(make_config(workplace, tmp_path / "b", offload=after, resume=True, **saves))
+    assert weights_of(tmp_path / "b/model") == weights_of(not_offloaded / "model")
+
+
+def stop_after(steps: int, train: Callable[[], None]) -> None:
+    """Run a training that is asked to stop, as by SIGTERM, in its optimizer step `steps`."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        train_step = stepdpo.train_step
+
+        def step_and_stop(step, *args):
+            if step + 1 == steps:
+                signal.raise_signal(signal.SIGTERM)
+            return train_step(step, *args)
+
+        patch.setattr(stepdpo, "train_step", step_and_stop)
+        train()
+
+
+@needs_cuda
+@pytest.mark.parametrize("what", offload.OFFLOADS)
+def test_on_cuda_the_moments_visit_the_gpu_for_the_same_update(workplace, tmp_path, what):
+    """Losses are equal to rounding: gradients on CUDA are not repeatable to the bit."""
+    options = dict(dtype="float32", **OFFLOADABLE)
+    for value in (None, what):
+        flags = make_flags(workplace, tmp_path / str(value), offload=value, **options)
+        child = launch(flags, 1, dict(os.environ, TRITON_INTERPRET="0"))
+        output, _ = child.communicate(timeout=300)
+        assert child.returncode == 0, output
+    assert losses_of(tmp_path / what) == pytest.approx(losses_of(tmp_path / "None"), abs=1e-5)
+
+
+def launch_nodes(workplace, outs: Sequence[Path], homes: Path, processes: int, **options) -> list[tuple]:
+    """A torchrun for each output folder, as on nodes of their own. Returns what each printed, and status."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = []
+    for number, out in enumerate(outs):
+        home = homes / f"home{number}"
+        home.mkdir()
+        command = [*TORCHRUN, str(processes), "--nnodes", str(len(outs)), "--node-rank", str(number),
+                   "--master-addr", "127.0.0.1", "--master-port", str(port)]
+        command.remove("--standalone")
+        nodes.append(subprocess.Popen(
+            [*command, "stepdpo.py", *make_flags(workplace, out, **options)], cwd=HERE, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=ENVIRONMENT | {"HOME": str(home), "STEPDPO_CACHE": str(home / "cache")}))
+    return [(node.communicate(timeout=200)[0], node.returncode) for node in nodes]
+
+
+def test_nodes_may_share_copies_or_have_one_each(workplace, run, tmp_path):
+    out = tmp_path / "out"
+    options = dict(eval_data=str(workplace / "eval.jsonl"), eval_every=3, save_every=3)
+    nodes = launch_nodes(workplace, [out, out], tmp_path, 2, shard_size=2, **options)
+    assert [status for _, status in nodes] == [0, 0], nodes
+    assert losses_of(out) == pytest.approx(losses_of(run), abs=1e-5)
+    assert (tmp_path / "home0/cache").exists() and not (tmp_path / "home1/cache").exists()
+
+    # Two shards, of two copies each; and one process can go on from them.
+    assert len([*next((out / "checkpoints").iterdir()).glob("weights.*")]) == 2
+    exported = weights_of(out / "model")
+    shutil.rmtree(out / "model")
+    stepdpo.train(make_config(workplace, out, resume=True, **options))
+    assert weights_of(out / "model") == exported
+
+
+def test_nodes_that_do_not_share_the_output_folder_are_told_so(workplace, tmp_path):
+    nodes = launch_nodes(workplace, [tmp_path / "a", tmp_path / "b"], tmp_path, 1)
+    for output, status in nodes:
+        assert status != 0 and "rank 1 on " in output, output
+        assert "use one that all nodes share" in output, output
+
+
+@pytest.mark.parametrize("change", ["data", "model"])
+def test_nodes_that_read_other_things_are_told_so(monkeypatch, workplace, tmp_path, change):
+    def gathered(seen, mine):
+        seen[:] = [mine, mine | {change: "other", "host": "second"}]
+
+    stepdpo.start_processes()
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gathered)
+    with pytest.raises(InputError, match=f"--{change}: rank 1 on second reads another content than rank 0"):
+        content = {"data": "a", "model": "b"}
+        storage.refuse_other_nodes({"content": content}, make_config(workplace, tmp_path))
+
+
+def test_processes_that_share_copies_must_come_out_even(workplace, tmp_path):
+    with pytest.raises(InputError, match="--shard-size 3: must divide the number of processes, 1"):
+        stepdpo.train(make_config(workplace, tmp_path / "out", shard_size=3))
+
+
+def test_answers_of_a_model_that_no_process_can_hold_are_refused(workplace, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "count_numbers", lambda folder: 10**15)
+    with pytest.raises(InputError, match=r"would hold the model, 4,000,000 GB.*pairs solve --server"):
+        stepdpo.run(make_config(workplace, tmp_path / "out", test_problems=HERE / "demo/test.jsonl"))
+    assert not (tmp_path / "out/run.json").exists()
+
+
+def test_numbers_of_a_model_are_counted_from_the_headers(workplace):
+    model = transformers.AutoModelForCausalLM.from_pretrained(workplace / "qwen2-tied")
+    assert storage.count_numbers(str(workplace / "qwen2-tied")) == model.num_parameters()
+
+
+def test_torchrun_leaves_no_core_idle(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    for environment in ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "4"}, {"OMP_NUM_THREADS": "2"}, {}):
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
+                patch.delenv(name, raising=False)
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            stepdpo.use_cores_and_memory_well()
+    assert asked == [3]
 
 
 def test_layers_are_compiled_inside_their_checkpoint(workplace, tmp_path, monkeypatch):
