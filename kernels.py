@@ -8,11 +8,11 @@ Forward. Walk over the vocabulary in blocks. A vendor GEMM makes the block's log
 fp32; a row kernel folds the tile into three running numbers per token, then the next block overwrites it:
 
     m' = max(m, max_j z_j)   s' = s exp(m - m') + sum_j exp(z_j - m')   t' = z[target] if in the block, else t
-    log p = t - (m + log s)  starting from m = -inf, s = 0
+    log p = (t - m) - log s  starting from m = -inf, s = 0
 
 Backward. With g = dL/dlogp, and the tile made again (2 T V D more FLOPs, instead of keeping T x V numbers):
 
-    dz_j = g (1[j = target] - exp(z_j - lse))     dW_block = dz^T hidden     dhidden += dz W_block
+    dz_j = g (1[j = target] - exp(z_j - m) / s)     dW_block = dz^T hidden     dhidden += dz W_block
 
 Each row of dW is written exactly once: no accumulator, no atomics, the same result every time. 8 T V D FLOPs
 in all, 6 of which any method needs. Every vocabulary entry takes part; skipping "small" ones would bias dW.
@@ -70,13 +70,13 @@ def _fold_kernel(tile, targets, maximum, total, target_logit, start, width, CHUN
 
 
 @triton.jit
-def _dtile_kernel(tile, targets, lse, dlogps, dtile, start, width, CHUNK: tl.constexpr):
-    """dtile = dlogps * (onehot(target) - exp(tile - lse)), in the dtype of `dtile`, which may be `tile`."""
+def _dtile_kernel(tile, targets, maximum, total, dlogps, dtile, start, width, CHUNK: tl.constexpr):
+    """dtile = dlogps * (onehot(target) - softmax), in the dtype of `dtile`, which may be `tile`."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
-    z = tl.load(tile + row * width + column, mask=column < width)
+    z = tl.load(tile + row * width + column, mask=column < width, other=float("-inf"))
     onehot = (column == tl.load(targets + row) - start).to(tl.float32)
-    softmax = tl.exp(z - tl.load(lse + row))
+    softmax = tl.exp(z - tl.load(maximum + row)) / tl.load(total + row)
     dz = tl.load(dlogps + row) * (onehot - softmax)
     tl.store(dtile + row * width + column, dz.to(dtile.dtype.element_ty), mask=column < width)
 
@@ -128,17 +128,17 @@ def _fold(tile: Tensor, targets: Tensor, maximum: Tensor, total: Tensor, target_
     maximum.copy_(new_maximum)
 
 
-def _dtile(tile: Tensor, targets: Tensor, lse: Tensor, dlogps: Tensor, start: int,
+def _dtile(tile: Tensor, targets: Tensor, maximum: Tensor, total: Tensor, dlogps: Tensor, start: int,
            dtype: torch.dtype) -> Tensor:
     """Gradient of a tile of logits, (T, width) in `dtype`. May overwrite the tile."""
     if tile.is_cuda or _INTERPRETED:
         dtile = tile if dtype == torch.float32 else torch.empty_like(tile, dtype=dtype)
         grid = (len(tile), triton.cdiv(tile.shape[1], _CHUNK))
-        _dtile_kernel[grid](tile, targets, lse, dlogps, dtile, start, tile.shape[1], CHUNK=_CHUNK)
+        _dtile_kernel[grid](tile, targets, maximum, total, dlogps, dtile, start, tile.shape[1], CHUNK=_CHUNK)
         return dtile
 
     rows, columns = _targets_within(tile, targets, start)
-    dtile = tile.sub_(lse[:, None]).exp_().mul_(-dlogps[:, None])
+    dtile = tile.sub_(maximum[:, None]).exp_().mul_((-dlogps / total)[:, None])
     dtile[rows, columns] += dlogps[rows]
     return dtile
 
@@ -158,14 +158,14 @@ class _LinearLogps(torch.autograd.Function):
         for start, block in _blocks(weight):
             _fold(_logits(operand, block), targets, maximum, total, target_logit, start)
 
-        lse = maximum + total.log()
-        ctx.save_for_backward(hidden, weight, targets, lse)
-        return target_logit - lse
+        # Kept apart: the sum m + log s would lose digits where all logits have a large part in common.
+        ctx.save_for_backward(hidden, weight, targets, maximum, total)
+        return (target_logit - maximum) - total.log()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dlogps: Tensor):
-        hidden, weight, targets, lse = ctx.saved_tensors
+        hidden, weight, targets, maximum, total = ctx.saved_tensors
         needs_hidden, needs_weight, _ = ctx.needs_input_grad
         dhidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
         dweight = torch.empty_like(weight) if needs_weight else None
@@ -173,7 +173,7 @@ class _LinearLogps(torch.autograd.Function):
         dlogps = dlogps.contiguous()
         operand = _operand(hidden)
         for start, block in _blocks(weight):
-            dtile = _dtile(_logits(operand, block), targets, lse, dlogps, start, operand.dtype)
+            dtile = _dtile(_logits(operand, block), targets, maximum, total, dlogps, start, operand.dtype)
 
             if needs_weight:
                 rows = dweight[start:start + len(block)]
@@ -185,8 +185,8 @@ class _LinearLogps(torch.autograd.Function):
             if needs_hidden:
                 if dtile.dtype == torch.float32:
                     dhidden.addmm_(dtile, block)
-                else:  # summed in fp32 over the blocks
-                    dhidden += torch.mm(dtile, block, out_dtype=torch.float32)
+                else:  # the sum over the blocks stays in fp32
+                    torch.addmm(dhidden, dtile, block, out_dtype=torch.float32, out=dhidden)
 
             del dtile  # before the next tile is made, so that there is never a second one
         return dhidden.to(hidden.dtype) if needs_hidden else None, dweight, None
@@ -204,7 +204,7 @@ def linear_logps(
 
     Beyond inputs, result and gradients it holds, whatever V is, at most (forward and backward alike)
 
-        T * BLOCK * (4 + itemsize) + 2 T * D * 4 bytes       CUDA: tiles of logits and gradient; fp32 dhidden
+        T * BLOCK * (4 + itemsize) + T * D * 4 bytes         CUDA: tiles of logits and gradient; fp32 dhidden
         T * BLOCK_CPU * 4 + 2 (T + BLOCK_CPU) * D * 4 bytes  CPU: the same, and fp32 copies of 16-bit operands
 
     and a few numbers per token.
@@ -224,6 +224,10 @@ def linear_logps(
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("targets", targets)):
+        if hasattr(tensor, "full_tensor"):
+            raise ValueError(f"{name} must be a plain tensor, got a DTensor: call this in the forward of the "
+                             f"module that FSDP gathers it for, or pass {name}.full_tensor()")
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError("hidden must be (T, D) and weight (V, D), got "
                          f"{tuple(hidden.shape)} and {tuple(weight.shape)}")

@@ -25,6 +25,8 @@ import torch.nn.attention.varlen
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention
@@ -79,6 +81,9 @@ def test_loss_refuses_bad_arguments():
 # ------------------------------------------------------------------------------------------------- the kernel
 
 
+REAL_BLOCKS = {name: getattr(kernels, name) for name in ("BLOCK", "BLOCK_CPU", "_CHUNK")}
+
+
 @pytest.fixture(params=[
     "torch",
     pytest.param("interpreter", marks=pytest.mark.skipif(CUDA, reason="on a GPU Triton compiles")),
@@ -99,39 +104,88 @@ def values_and_gradients(function, hidden, weight, targets, upstream, dtype):
     return logps.detach(), hidden.grad, weight.grad
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(64, 32, 256), (7, 19, 201), (1, 16, 63), (33, 24, 65)], ids=str)
-@pytest.mark.parametrize("scale", [0.2, 30.0], ids=["flat", "peaked"])
-def test_kernel_is_no_less_accurate_than_plain_torch(op, dtype, shape, scale):
-    function, device = op
-    T, D, V = shape
-    rng = torch.Generator().manual_seed(T * V)
-    hidden = torch.randn(T, D, generator=rng).to(device, dtype)
-    weight = (torch.randn(V, D, generator=rng) * scale / D**0.5).to(device, dtype)
-    targets = torch.randint(V, (T,), generator=rng).to(device)
-    targets[0], targets[-1] = 0, V - 1
-    upstream = torch.randn(T, generator=rng).to(device)
-    inputs = hidden, weight, targets, upstream
+def check_against_fp64(function, hidden, weight, targets, upstream):
+    """Values and gradients are those of fp64, to the rounding of the inputs' dtype."""
+    inputs, dtype = (hidden, weight, targets, upstream), hidden.dtype
     truth = values_and_gradients(
         lambda h, w, t: (h @ w.T).log_softmax(-1).gather(1, t[:, None])[:, 0], *inputs, torch.float64)
     plain = values_and_gradients(plain_logps, *inputs, dtype)
     ours = values_and_gradients(function, *inputs, dtype)
     assert ours[0].dtype == torch.float32 and ours[1].dtype == ours[2].dtype == dtype
-    largest = (hidden.double() @ weight.double().T).abs().max()
-    rounding = 4 * torch.finfo(torch.float32).eps * largest  # of a logit
+
+    largest = max((hidden.double() @ weight.double().T).abs().max(), truth[0].abs().max())
+    rounding = 4 * torch.finfo(torch.float32).eps * largest  # of a logit, or of a log-probability
     names = "logps", "dhidden", "dweight"
     for name, exact, torch_result, result in zip(names, truth, plain, ours, strict=True):
         error, allowed = ((x.double() - exact).abs().max() for x in (result, torch_result))
         tolerance = rounding if name == "logps" else (rounding + torch.finfo(dtype).eps) * exact.abs().max()
+        if name == "logps" and dtype != torch.float32:
+            allowed = 0.0  # plain logits are rounded to 16 bits before they are widened; ours must not be
         assert error <= allowed + tolerance, (
             f"{name}: error {error:.3g}, torch {allowed:.3g} + {tolerance:.3g}")
 
 
-def test_kernel_is_right_where_all_logits_are_far_below_zero(op):
+def random_inputs(device, dtype, T, D, V, scale):
+    rng = torch.Generator().manual_seed(T * V)
+    hidden = torch.randn(T, D, generator=rng).to(device, dtype)
+    weight = (torch.randn(V, D, generator=rng) * scale / D**0.5).to(device, dtype)
+    targets = torch.randint(V, (T,), generator=rng).to(device)
+    targets[0], targets[-1] = 0, V - 1
+    return hidden, weight, targets, torch.randn(T, generator=rng).to(device)
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(64, 32, 256), (7, 19, 201), (1, 16, 63), (33, 24, 65)], ids=str)
+@pytest.mark.parametrize("scale", [0.2, 30.0], ids=["flat", "peaked"])
+def test_kernel_is_no_less_accurate_than_plain_torch(op, dtype, shape, scale):
     function, device = op
-    hidden, weight = torch.ones(2, 4, device=device), torch.full((130, 4), -100.0, device=device)
-    logps = function(hidden, weight, torch.tensor([0, 129], device=device))
-    assert logps.tolist() == pytest.approx([-math.log(130)] * 2, abs=1e-4)
+    check_against_fp64(function, *random_inputs(device, dtype, *shape, scale))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("trap", ["large offset", "far below zero", "one huge logit", "all alike"])
+def test_kernel_is_right_for_logits_that_overflow_a_careless_softmax(op, dtype, trap):
+    function, device = op
+    hidden, weight, targets, upstream = random_inputs(device, dtype, 9, 16, 130, 1.0)
+    hidden[:, 0] = 8
+    if trap == "one huge logit":
+        weight[70, 0] = 500
+        targets[:4] = 70
+    elif trap == "all alike":
+        weight[:] = weight[0]
+    else:  # of 4,000, which all logits have in common
+        weight[:, 0] = 500 if trap == "large offset" else -500
+    check_against_fp64(function, hidden, weight, targets, upstream)
+
+
+@pytest.mark.parametrize("V", [129_920, 262_144])  # 129,920 is no multiple of either block
+def test_kernel_at_vocabularies_of_real_models(op, monkeypatch, V):
+    function, device = op
+    for name, value in REAL_BLOCKS.items():
+        monkeypatch.setattr(kernels, name, value)
+    check_against_fp64(function, *random_inputs(device, torch.bfloat16, 2, 16, V, 4.0))
+
+
+def test_kernel_adds_its_gradient_to_that_of_a_tied_embedding(op):
+    function, device = op
+    ids, targets = torch.tensor([3, 69, 3, 0], device=device), torch.tensor([69, 3, 5, 0], device=device)
+    start = torch.randn(70, 16, device=device)
+    gradients = []
+    for logps in (function, plain_logps):
+        weight = start.clone().requires_grad_()
+        logps(weight[ids].tanh(), weight, targets).sum().backward()
+        gradients.append(weight.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+
+
+def test_kernel_names_a_sharded_weight():
+    stepdpo.start_processes()
+    weight = DTensor.from_local(torch.randn(70, 8), init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match=r"weight must be a plain tensor, got a DTensor: .*full_tensor"):
+        kernels.linear_logps(torch.randn(3, 8), weight, torch.tensor([0, 1, 2]))
 
 
 @pytest.mark.skipif(CUDA, reason="on a GPU Triton compiles")
@@ -140,10 +194,11 @@ def test_kernel_writes_the_gradient_of_a_tile_in_half_precision(monkeypatch, dty
     monkeypatch.setattr(kernels, "_INTERPRETED", True)
     monkeypatch.setattr(kernels, "_CHUNK", 32)
     tile, targets, dlogps = torch.randn(5, 70) * 4, torch.tensor([103, 100, 169, 99, 170]), torch.randn(5)
-    lse = tile.logsumexp(1) + 0.5  # this tile is not all of the vocabulary
+    maximum = tile.amax(1) + 0.2  # this tile is not all of the vocabulary
+    total = (tile - maximum[:, None]).exp().sum(1) + 0.5
     inside = torch.zeros(5, 70).index_put((torch.arange(3), targets[:3] - 100), torch.ones(3))
-    expected = dlogps[:, None] * (inside - (tile - lse[:, None]).exp())
-    dtile = kernels._dtile(tile, targets, lse, dlogps, 100, dtype)
+    expected = dlogps[:, None] * (inside - (tile - maximum[:, None]).exp() / total[:, None])
+    dtile = kernels._dtile(tile, targets, maximum, total, dlogps, 100, dtype)
     assert dtile.dtype == dtype
     assert (dtile.float() - expected).abs().max() <= torch.finfo(dtype).eps * expected.abs().max() + 1e-6
 
@@ -271,8 +326,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 numbers = dict(start="i32", width="i32", CHUNK="constexpr")
 fold = dict(tile="*fp32", targets="*i64", maximum="*fp32", total="*fp32", target_logit="*fp32", **numbers)
-dtile = [dict(tile="*fp32", targets="*i64", lse="*fp32", dlogps="*fp32", dtile="*" + t, **numbers)
-         for t in ("fp32", "bf16", "fp16")]
+dtile = [dict(tile="*fp32", targets="*i64", maximum="*fp32", total="*fp32", dlogps="*fp32", dtile="*" + t,
+              **numbers) for t in ("fp32", "bf16", "fp16")]
 for kernel, signatures in ((kernels._fold_kernel, [fold]), (kernels._dtile_kernel, dtile)):
     for signature in signatures:
         for capability in (80, 90, 100):
@@ -310,7 +365,7 @@ def test_kernel_on_cuda_at_real_shapes(T, D, V):
     sample = slice(0, 16)
     truth = plain_logps(hidden[sample].double(), weight.double(), targets[sample])
     assert (logps[sample] - truth).abs().max() < 1e-3
-    assert transient <= T * kernels.BLOCK * 6 + 2 * T * D * 4 + 2**20
+    assert transient <= T * kernels.BLOCK * 6 + T * D * 4 + 2**20
 
 
 # --------------------------------------------------------------------------------------------------- the data
@@ -711,7 +766,8 @@ def test_varlen_attention_on_cuda_equals_the_segments_one_by_one(tokenizer, wind
     outputs[0].backward(upstream), outputs[1].backward(upstream.bfloat16())
     for ours, truth in zip([outputs[1], *(x.grad for x in rounded)], [outputs[0], *(x.grad for x in exact)],
                            strict=True):
-        assert (ours.float() - truth).norm() <= 0.02 * truth.norm()
+        # With a window of one token the gradient of the query is zero, but for rounding.
+        assert (ours.float() - truth).norm() <= 0.02 * truth.norm() + 1e-3
 
 
 @pytest.mark.parametrize("beyond", ["softcap", "s_aux", "position_bias", "attention_mask"])
