@@ -339,9 +339,9 @@ def fill_budget(config: Config, pairs: list[Pair]) -> Config:
     """With --tokens-per-micro-batch, if it was not given. Raises InputError if a pair exceeds it."""
     longest = max(pairs, key=lambda pair: pair.tokens(config.share_prefix))
     needed = longest.tokens(config.share_prefix)
-    usual = 4096 if local_device().type == "cuda" else 1024
+    usual = 8192 if local_device().type == "cuda" else 1024
     if config.offload == "all":
-        usual *= 4  # every micro-batch brings all weights up, and all gradients down
+        usual *= 2  # every micro-batch brings all weights up, and all gradients down
     budget = config.tokens_per_micro_batch or max(needed, usual)
     if needed > budget:
         raise InputError(f"{longest.where}: takes {needed} tokens, more than --tokens-per-micro-batch "
@@ -682,7 +682,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
 
     add = parser.add_argument_group("memory and speed: the result stays the same").add_argument
     add("--tokens-per-micro-batch", type=POSITIVE_INT,
-        help="tokens in one forward and backward of a rank [4096 on CUDA, 1024 on CPU]")
+        help="tokens in one forward and backward of a rank [8192 on CUDA, 1024 on CPU]")
     add("--share-prefix", action=switch, default=True, help="lay out once what chosen and rejected share")
     add("--activation-checkpointing", action=switch, default=cuda,
         help="keep only each layer's input: less memory, 1/3 more work [on CUDA, not on CPU]")
