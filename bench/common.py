@@ -10,9 +10,11 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
-import torch
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts a CPU's memory, talks to stderr
+import torch  # noqa: E402
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -92,6 +94,19 @@ def peak_bytes() -> int:
         return torch.cuda.max_memory_allocated()
     with open("/proc/self/status") as file:
         return int(re.search(r"VmHWM:\s*(\d+) kB", file.read())[1]) * 1024
+
+
+def extra_bytes(run: Callable[[], None]) -> int:
+    """The most that `run` holds at any moment beyond what was held before."""
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as record:
+        run()
+    events = sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 
 
 def sizes(config) -> tuple[int, int]:

@@ -1,46 +1,93 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one command of at most 10 minutes on one GPU:
+# Everything that wants a GPU, on one of them, in stages of at most 9 minutes:
 #
-#     bench/gpu.sh [RESULTS]          # RESULTS: folder for the JSON, default bench/results
+#     bench/gpu.sh                    # all stages, as many as fit into 10 minutes; again goes on where it stopped
+#     bench/gpu.sh tests loss         # these
+#     DRY=1 bench/gpu.sh              # every stage on a toy, also without a GPU: do the commands work?
 #
-# The CUDA tests, then the tables of loss.py and train.py. A stage whose JSON is there for this device is done:
-# what did not fit in the time runs when the same command is given again (train.py goes on within a stage). Delete
-# the JSON to measure anew. LOSS="--skip cce" passes flags to loss.py, for a peer that hangs. PYTHON names the
-# interpreter. MODEL (its tokenizer counts) and DATA are the pairs of train.py, by default the demo's, which are short.
+#     tests       the CUDA tests
+#     demo        the README's first run, and what it gains
+#     same        ours on GPU and CPU: the demo, and a model of 0.5B parameters; the column "differs"
+#     loss        the head alone, against every peer
+#     attention   attention alone, against what else could compute it
+#     profile     7B: where the time of a step goes
+#     steps       7B: self-check, peak memory, tokens per micro-batch, compiled, offloaded
+#     trl-SIZE    whole steps of 0.5B, 1.5B and 7B against TRL's defaults, and what may be its best
+#
+# A stage whose result is there for this device is done; delete the file to measure anew. RESULTS is the folder for
+# the JSON [bench/results], TIME the seconds to spend [585], LOSS="--skip cce" passes flags to loss.py, for a peer
+# that hangs. PYTHON names the interpreter. MODEL (its tokenizer counts) and DATA are the pairs, by default the
+# demo's, which are short; times should be measured on pairs of a real length (bench/corrupted_pairs.py).
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
-python=${PYTHON:-python3}
-results=${1:-bench/results}
-deadline=$((SECONDS + 585))
+python=${PYTHON:-python3} results=${RESULTS:-bench/results} model=${MODEL:-demo/model} pairs=${DATA:-demo/pairs.jsonl}
+deadline=$((SECONDS + ${TIME:-585}))
 status=0
-device=$("$python" -c "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))") || exit
 mkdir -p "$results"
+device=$("$python" -c "
+import torch
+print(torch.cuda.get_device_name().lower().replace(' ', '-') if torch.cuda.is_available() else 'cpu')") || exit
+if [[ $device == cpu && -z ${DRY:-} ]]; then echo "gpu.sh: no CUDA GPU here; DRY=1 tries the commands"; exit 1; fi
 
 stage() { # stage NAME LIMIT COMMAND...: at most LIMIT seconds, and none of those after the deadline
     local name=$1 limit=$2 json=$results/$1-$device.json left=$((deadline - SECONDS)) began=$SECONDS code=0
     shift 2
     if [[ -s $json ]]; then echo "== $name: done before, in $json"; return; fi
-    if ((left < 15)); then echo "== $name: no time left; run this command again"; status=1; return 1; fi
+    if ((left < 15)); then echo "== $name: no time left; run this command again"; status=1; return; fi
     echo "== $name: $*"
     timeout -k 5 $((limit < left ? limit : left)) "$@" || code=$?
     echo "== $name: $((SECONDS - began)) s, exit status $code$( ((code == 124 || code == 137)) && echo ' (time is up)')"
-    if ((code)); then status=1; fi
-    return $code
+    if ((code)); then status=1; return; fi
+    if [[ ! -s $json ]]; then # a stage without numbers of its own
+        printf '{"device": "%s", "date": "%s", "command": "%s", "result": "passed"}\n' \
+            "$device" "$(date +%F)" "$*" > "$json"
+    fi
 }
 
-# A pass holds for the code that passed, so its name carries that code's hash.
-code=$(cat kernels.py stepdpo.py data.py attention.py storage.py test_stepdpo.py | sha256sum | cut -c1-12)
-if stage "tests-$code" 200 "$python" -m pytest -p no:cacheprovider -k cuda && [[ ! -s $results/tests-$code-$device.json ]]
-then
-    rm -f "$results"/tests-*-"$device.json"
-    printf '{"device": "%s", "date": "%s", "command": "pytest -k cuda", "result": "passed"}\n' \
-        "$device" "$(date +%F)" > "$results/tests-$code-$device.json"
+if [[ -n ${DRY:-} ]]; then
+    many=(--batch-size 4 --steps 1 --rounds 1) few=("${many[@]}") test=(--collect-only) demo=(--max-steps 1)
+    shapes=(64,32,1000 33,64,1003) rows=(--heads 4,2,16 --tokens 700 --repeats 2)
+    shaped() { echo "--model demo/model"; }
+else
+    many=(--batch-size 64 --steps 4 --rounds 2) few=(--batch-size 8 --steps 3 --rounds 1) test=() demo=()
+    demo=(--test-problems demo/test.jsonl)
+    shapes=(1024,8192,152064 2048,3584,152064 8192,4096,151936) rows=()
+    shaped() { echo "--shape qwen2-$1 --model $model"; }
 fi
-# shellcheck disable=SC2086
-stage loss 300 "$python" bench/loss.py ${LOSS:-} --out "$results/loss-$device.json"
-for shape in qwen2-7b qwen2-1.5b qwen2-0.5b; do # ours, TRL's defaults, and what may be TRL's best
-    stage "train-$shape" 500 "$python" bench/train.py --shape "$shape" --model "${MODEL:-demo/model}" \
-        --data "${DATA:-demo/pairs.jsonl}" --batch-size 64 --steps 6 --trl-micro-batch 8 32 \
-        --only '^ours|^trl$|^trl, precomputed$|liger' --out "$results/train-$shape-$device.json"
-done
+
+steps() { # steps NAME SIZE FLAGS...: train.py on a model of that size
+    local name=$1 size=$2
+    shift 2
+    # shellcheck disable=SC2046
+    stage "$name" 540 "$python" bench/train.py $(shaped "$size") --data "$pairs" "$@" --out "$results/$name-$device.json"
+}
+
+run_stage() {
+    local against_cpu=(--cpu --ours='--dtype float32' --only '^ours$|fp32|float32')
+    case $1 in
+    # A pass holds for the code that passed, so its name carries that code's hash.
+    tests) stage "tests-$(cat ./*.py | sha256sum | cut -c1-12)" 300 \
+        "$python" -m pytest -q -p no:cacheprovider -k cuda test_stepdpo.py "${test[@]}" ;;
+    demo) stage demo 200 "$python" stepdpo.py --model demo/model --data demo/pairs.jsonl --max-length 256 \
+        --instruction '' --learning-rate 3e-5 --batch-size 32 --epochs 2 --output-dir "$(mktemp -d)/out" "${demo[@]}" ;;
+    same)
+        stage same-demo 200 "$python" bench/train.py --model demo/model --data demo/pairs.jsonl \
+            --learning-rate 3e-5 "${few[@]}" "${against_cpu[@]}" --out "$results/same-demo-$device.json"
+        steps same-0.5b 0.5b "${few[@]}" "${against_cpu[@]}" ;;
+    loss)
+        # shellcheck disable=SC2086
+        stage loss 400 "$python" bench/loss.py ${LOSS:-} --shapes "${shapes[@]}" --out "$results/loss-$device.json" ;;
+    attention) stage attention 200 "$python" bench/packed_attention.py "${rows[@]}" \
+        --out "$results/attention-$device.json" ;;
+    profile) steps profile-7b 7b "${many[@]}" --profile ;;
+    steps) steps steps-7b 7b "${many[@]}" --rounds 1 --ours='--tokens-per-micro-batch 4096' --ours=--compile \
+        --ours='--offload moments' --ours='--offload gradients' --only '^ours$|^ours, --' ;;
+    trl-*) steps "$1" "${1#trl-}" "${many[@]}" --trl-micro-batch 8 32 \
+        --only '^ours$|^ours, no-act|^trl$|^trl, precomputed$|liger' ;;
+    *) echo "gpu.sh: no stage is called $1"; exit 2 ;;
+    esac
+}
+
+if (($# == 0)); then set -- tests demo same loss attention profile steps trl-7b trl-1.5b trl-0.5b; fi
+for name in "$@"; do run_stage "$name"; done
 exit $status

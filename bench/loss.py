@@ -25,17 +25,21 @@ filters depend on it. Written for liger-kernel 0.8.5, cut-cross-entropy 25.1.1 a
 
 import argparse
 import importlib.util
-import os
 import re
 import sys
 from collections.abc import Callable
-from itertools import accumulate
 from statistics import median
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts a CPU's memory, talks to stderr
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from common import CUDA, HERE, announced_environment, seconds, write  # noqa: E402 (and the root to import from)
+from common import (  # noqa: E402 (and the root to import from)
+    CUDA,
+    HERE,
+    announced_environment,
+    extra_bytes,
+    seconds,
+    write,
+)
 from torch import Tensor  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
@@ -128,19 +132,6 @@ def bare_gemms(hidden: Tensor, weight: Tensor) -> Callable[[], None]:
 
 
 # -------------------------------------------------------------------------------------------------- measuring
-
-
-def extra_bytes(run: Callable[[], None]) -> int:
-    """The most that `run` holds at any moment beyond what was held before."""
-    if CUDA:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(profile_memory=True) as record:
-        run()
-    events = sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@
     python bench/train.py --model SmolLM2-135M-Instruct --data pairs.jsonl                       # CPU, fp32
     python bench/train.py --shape qwen2-7b --model ANY_CHAT_MODEL --data pairs.jsonl --batch-size 64   # GPU
     python bench/train.py ... --only '^ours' --other OLD_CHECKOUT    # ours, before and after a change
+    python bench/train.py ... --cpu --only '^ours$|CPU'              # does the GPU compute what the CPU does?
     python bench/train.py ... --profile                     # instead: where the time of one step of ours goes
 
 `pip install trl liger-kernel` for the comparison (written for TRL 1.16); what is missing is named. Both get
@@ -63,11 +64,11 @@ from common import (
     write,
 )
 
-OOM, OTHER = "out of memory", "ours, other checkout"
+OOM, OTHER, ON_CPU = "out of memory", "ours, other checkout", "ours, on the CPU in fp32"
 KINDS = {  # of work, by the names of CPU operators and CUDA kernels; the first that matches counts
     "communication": "nccl|gloo|c10d",
+    "attention": "attention|flash",  # its kernels have cutlass in their names too
     "matrix products": r"\b(add|b)?mm_?\b|gemm|nvjet|cutlass|xmma",
-    "attention": "attention|flash",
     "row kernels of the head": "_fold_kernel|_dtile_kernel",
     "copies": r"copy|\bcat\b|chunk_cat|index_select|index_add|fill_|zero_|Memcpy|Memset|CatArray|FillFunctor",
 }
@@ -114,19 +115,24 @@ def run_profile(spec: dict) -> dict:
 
     stepdpo.log = log_and_profile
     record, kinds, flops = run_ours(spec), dict.fromkeys([*KINDS, "the rest"], 0.0), 0
+    longest = []  # (seconds, calls, name)
     for event in profiler.key_averages():
+        if event.is_user_annotation:  # a span of other events
+            continue
         kind = next((kind for kind, names in KINDS.items() if re.search(names, event.key)), "the rest")
         if kind == "matrix products":
             flops += event.flops
         if CUDA == (event.device_type == torch.autograd.DeviceType.CUDA):
             microseconds = event.self_device_time_total if CUDA else event.self_cpu_time_total
             kinds[kind] += microseconds / 1e6
+            longest.append((microseconds / 1e6, event.count, event.key))
 
     n, dtype = (8192, torch.bfloat16) if CUDA else (2048, torch.float32)
     a, b = torch.randn(2, n, n, dtype=dtype, device="cuda" if CUDA else "cpu")
     bare = median(seconds(lambda: torch.mm(a, b)) for _ in range(8))
     return {"seconds": record["seconds"][-1], "unprofiled_seconds": record["seconds"][-2],
-            "kinds": kinds, "flops": flops, "bare_flops_per_second": 2 * n**3 / bare}
+            "kinds": kinds, "longest": sorted(longest, reverse=True)[:20],
+            "flops": flops, "bare_flops_per_second": 2 * n**3 / bare}
 
 
 def run_trl(spec: dict) -> dict:
@@ -222,6 +228,7 @@ def start(spec: dict) -> dict:
         json.dump(spec, file)
     env = {**os.environ, "STEPDPO_CACHE": spec["folder"]}  # an empty one: the reference pass is computed
     env.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one device; with several TRL refuses to start
+    env |= spec.get("env", {})
     done = subprocess.run([sys.executable, os.path.abspath(__file__), "worker", path], env=env,
                           capture_output=True, text=True)
     if done.returncode == 0:
@@ -249,6 +256,9 @@ def settings(args: argparse.Namespace) -> tuple[dict, dict]:
         specs[name] = {"kind": "ours", "flags": shlex.split(words)}
     if args.other:
         specs[OTHER] = {"kind": "ours", "flags": [], "checkout": os.path.abspath(args.other)}
+
+    if args.cpu:
+        specs[ON_CPU] = {"kind": "ours", "flags": ["--dtype", "float32"], "env": {"CUDA_VISIBLE_DEVICES": ""}}
 
     usual = math.gcd(8, args.batch_size)  # TRL's default, or what the same global batch can be cut into
     precomputed = {"precompute_ref_log_probs": True}
@@ -375,6 +385,8 @@ def print_profile(run: dict) -> None:
     busy, products = sum(run["kinds"].values()), run["kinds"]["matrix products"]
     for kind, took in sorted(run["kinds"].items(), key=lambda item: -item[1]):
         print(f"{kind:24s} {took:8.3f} s {took / busy:6.1%}")
+    for took, calls, name in run["longest"]:
+        print(f"    {took:8.3f} s in {calls:6d} x {name[:90]}")
     print(f"{busy:.2f} s of work in a step of {run['seconds']:.2f} s (the step before, without the profiler: "
           f"{run['unprofiled_seconds']:.2f} s). The matrix products run at "
           f"{run['flops'] / products / 1e12:.3g} TFLOP/s, one large one alone at "
@@ -396,6 +408,7 @@ def parse() -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16"), help="[bfloat16 on CUDA, else float32]")
     add("--ours", action="append", default=[], metavar="FLAGS", help="also ours so: --ours=--compile")
     add("--other", metavar="DIR", help="also ours with its defaults, from another checkout")
+    add("--cpu", action="store_true", help="also ours on this machine's CPU, in fp32")
     add("--trl-micro-batch", type=int, nargs="+", default=[8],
         help="pairs per micro-batch of TRL's best settings, each is tried [8, TRL's default]")
     add("--only", default="", metavar="REGEX", help="only the settings whose name matches")
