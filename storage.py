@@ -2,8 +2,8 @@
 checkpoints, and the cache of reference log-probabilities.
 
 A model folder is read by all ranks at once, each only its own rows of each tensor, and written again file by
-file, so no rank ever holds a whole model. A checkpoint is one safetensors file for each rank and kind of
-number (weights and AdamW's two moments), and a state.json with their hashes:
+file, so no rank ever holds a whole model. A checkpoint is one safetensors file for each shard of the model
+and kind of number (weights and AdamW's two moments), and a state.json with their hashes:
 
     checkpoints/step-000200/    weights.0.safetensors  exp_avg.0.safetensors  exp_avg_sq.0.safetensors
                                 weights.1.safetensors  ...                    state.json
@@ -171,10 +171,27 @@ def _update_with_samples(digest, file, start: int, length: int) -> None:
         digest.update(file.read(size))
 
 
-def rows_of_rank(length: int, rank: int, ranks: int) -> tuple[int, int]:
-    """The first row that a rank has of a sharded tensor, and the one after its last."""
-    rows = math.ceil(length / ranks)  # FSDP cuts dimension 0 like torch.chunk
-    return min(rank * rows, length), min((rank + 1) * rows, length)
+def rows_of_shard(length: int, shard: int, shards: int) -> tuple[int, int]:
+    """The first row of a tensor that a shard has, and the one after its last."""
+    rows = math.ceil(length / shards)  # FSDP cuts dimension 0 like torch.chunk
+    return min(shard * rows, length), min((shard + 1) * rows, length)
+
+
+def shard_of(tensor: DTensor) -> tuple[int, int]:
+    """(which of its shards is here, how many there are). Copies of the model, of which there may be several,
+    are cut alike: the mesh of ranks is (shards,) or (copies, shards)."""
+    mesh = tensor.device_mesh
+    return mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
+
+
+def is_of_first_copy(tensor: DTensor) -> bool:
+    mesh = tensor.device_mesh
+    return mesh.ndim == 1 or mesh.get_local_rank(0) == 0
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """What is here of a sharded tensor. Moments in host memory are no DTensors, and all of them is here."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def own_names(model: nn.Module, files: dict[str, list[str]]) -> dict[str, str]:
@@ -236,7 +253,7 @@ def fill(tensor: Tensor, stored: Any, where: str, is_full: bool) -> None:
         raise InputError(f"{where} is stored as {stored.get_dtype()}: quantized weights cannot be trained; "
                          "use the model they were made from")
     if isinstance(tensor, DTensor):
-        start, stop = rows_of_rank(len(tensor), dist.get_rank(), dist.get_world_size())
+        start, stop = rows_of_shard(len(tensor), *shard_of(tensor))
         tensor, stored = tensor.to_local(), stored[start:stop]
     else:
         stored = stored[...]
@@ -445,11 +462,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def training_state(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """Kind of number -> name of the parameter -> its shard and the rest of it. Tied weights count once."""
+    """Kind of number -> name of the parameter -> its rows that are here. Tied weights count once."""
     parameters = dict(policy.named_parameters())
-    state = {"weights": parameters}
+    state = {"weights": {name: local_of(parameter) for name, parameter in parameters.items()}}
     for moment in MOMENTS:
-        state[moment] = {name: optimizer.state[parameter][moment] for name, parameter in parameters.items()}
+        state[moment] = {name: local_of(optimizer.state[parameter][moment])
+                         for name, parameter in parameters.items()}
     return state
 
 
@@ -471,6 +489,8 @@ def save_checkpoint(policy: nn.Module, optimizer: torch.optim.Optimizer, folder:
                     metrics: str) -> None:
     """Write step-N, complete or absent. Those before it are removed once it is read back. Collective."""
     path, rank = f"{folder}/step-{step:06d}", dist.get_rank()
+    any_parameter = next(policy.parameters())  # all are cut alike
+    shard, shards = shard_of(any_parameter)
     unfinished = f"{path}.unfinished"
     if rank == 0:
         with writing(unfinished):
@@ -480,17 +500,19 @@ def save_checkpoint(policy: nn.Module, optimizer: torch.optim.Optimizer, folder:
 
     hashes = {}
     for kind, tensors in training_state(policy, optimizer).items():
-        name = f"{kind}.{rank}.safetensors"
-        local = {key: tensor.detach().to_local().contiguous() for key, tensor in tensors.items()}
+        if not is_of_first_copy(any_parameter):
+            break  # who has another copy of the model has nothing new
+        name = f"{kind}.{shard}.safetensors"
+        local = {key: tensor.contiguous() for key, tensor in tensors.items()}
         with writing(f"{unfinished}/{name}"):
             save_file(local, f"{unfinished}/{name}")
             hashes[name] = hash_of(f"{unfinished}/{name}")
-    of_ranks = [hashes] * dist.get_world_size()
+    of_ranks = [{}] * dist.get_world_size()
     dist.all_gather_object(of_ranks, hashes)
 
     if rank == 0:
         hashes = {name: value for of_rank in of_ranks for name, value in of_rank.items()}
-        state = {"step": step, "processes": len(of_ranks), "sha256": hashes, "metrics": metrics}
+        state = {"step": step, "shards": shards, "sha256": hashes, "metrics": metrics}
         state["seal"] = seal_of(state)
         write_atomically(f"{unfinished}/state.json", json.dumps(state))
         with writing(path):
@@ -522,8 +544,8 @@ def read_state(path: str) -> dict[str, Any]:
     state = parse_json(f"{path}/state.json", read_bytes(f"{path}/state.json"))
     if not isinstance(state, dict) or state.get("seal") != seal_of(state):
         raise InputError(f"{path}/state.json: has changed")
-    names = [f"{kind}.{rank}.safetensors"
-             for kind in ("weights", *MOMENTS) for rank in range(state["processes"])]
+    names = [f"{kind}.{shard}.safetensors"
+             for kind in ("weights", *MOMENTS) for shard in range(state["shards"])]
     if f"step-{state['step']:06d}" != os.path.basename(path) or sorted(names) != sorted(state["sha256"]):
         raise InputError(f"{path}/state.json: is not of this folder")
     return state
@@ -571,26 +593,27 @@ def what_is_damaged(path: str) -> str:
 def _load_sound(policy: nn.Module, optimizer: torch.optim.Optimizer, path: str) -> tuple[int, str]:
     state = read_state(path)
     for parameter in policy.parameters():
-        optimizer.state[parameter] = {
-            "step": torch.tensor(float(state["step"]), device=parameter.device),
-            **{moment: torch.empty_like(parameter) for moment in MOMENTS}}
+        moments = optimizer.state[parameter]
+        if not moments:  # AdamW has none before its first step; in host memory they have their place
+            moments["step"] = torch.zeros((), device=parameter.device)
+            moments.update({moment: torch.empty_like(parameter) for moment in MOMENTS})
+        moments["step"].fill_(state["step"])
 
     for kind, tensors in training_state(policy, optimizer).items():
-        for rank in range(state["processes"]):
-            with reading(path), safe_open(f"{path}/{kind}.{rank}.safetensors", "pt") as file:
-                for name, tensor in tensors.items():
-                    _copy_common_rows(tensor, file.get_slice(name), rank, state["processes"])
+        for shard in range(state["shards"]):
+            with reading(path), safe_open(f"{path}/{kind}.{shard}.safetensors", "pt") as file:
+                for name, parameter in policy.named_parameters():
+                    here = rows_of_shard(len(parameter), *shard_of(parameter))
+                    there = rows_of_shard(len(parameter), shard, state["shards"])
+                    copy_common_rows(tensors[name], here, file.get_slice(name), there)
     return state["step"], state["metrics"]
 
 
-def _copy_common_rows(tensor: DTensor, stored: Any, rank: int, ranks: int) -> None:
-    """What this rank has of a sharded tensor and rank `rank` of `ranks` had, when it was stored."""
-    start, stop = rows_of_rank(len(tensor), dist.get_rank(), dist.get_world_size())
-    stored_start, stored_stop = rows_of_rank(len(tensor), rank, ranks)
-    first, last = max(start, stored_start), min(stop, stored_stop)
+def copy_common_rows(rows: Tensor, here: tuple[int, int], stored: Any, there: tuple[int, int]) -> None:
+    """Copy what two shards of a tensor have in common; each has the rows [start, stop) of it."""
+    first, last = max(here[0], there[0]), min(here[1], there[1])
     if first < last:
-        rows = stored[first - stored_start:last - stored_start]
-        tensor.to_local()[first - start:last - start].copy_(rows)
+        rows[first - here[0]:last - here[0]].copy_(stored[first - there[0]:last - there[0]])
 
 
 # -------------------------------------------------------------------------------------------------- the cache

@@ -494,7 +494,7 @@ DAMAGED = {
     "a checkpoint by a link": (lambda p: (p.folder / "out/checkpoints/step-000004").symlink_to("step-000003"),
                                "step-000004: is no checkpoint"),
     "a state of another step": (lambda p: p.edit_json(f"{CHECKPOINT}/state.json", step=2), "state.json: has changed"),
-    "a state of no processes": (lambda p: p.edit_json(f"{CHECKPOINT}/state.json", processes=0), "has changed"),
+    "a state of no shards": (lambda p: p.edit_json(f"{CHECKPOINT}/state.json", shards=0), "has changed"),
     "a state without hashes": (lambda p: p.edit_json(f"{CHECKPOINT}/state.json", sha256={}), "has changed"),
     "a state that leaves its folder": (lambda p: p.edit_json(
         f"{CHECKPOINT}/state.json", sha256={"../../../etc/passwd": "0"}), "has changed"),

@@ -1107,26 +1107,18 @@ def test_any_number_of_processes_gives_the_same_losses(workplace, run, tmp_path)
 
 
 @pytest.mark.parametrize("length, before, after", [(10, 4, 3), (3, 8, 2), (7, 2, 8), (1, 3, 5), (16, 4, 4)])
-def test_rows_find_their_way_from_any_number_of_ranks_to_any_other(monkeypatch, length, before, after):
-    class Shard:
-        def __init__(self, rows):
-            self.rows, self.to_local = rows, lambda: rows
-
-        def __len__(self):
-            return length
-
+def test_rows_find_their_way_from_any_number_of_shards_to_any_other(length, before, after):
     whole = torch.arange(length)
-    stored = [whole[slice(*storage.rows_of_rank(length, rank, before))] for rank in range(before)]
+    old_places = [storage.rows_of_shard(length, shard, before) for shard in range(before)]
+    new_places = [storage.rows_of_shard(length, shard, after) for shard in range(after)]
+    stored = [whole[start:stop] for start, stop in old_places]
     assert torch.equal(torch.cat(stored), whole)
     assert [len(x) for x in stored if len(x)] == [len(x) for x in whole.chunk(before)]  # as FSDP does it
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: after)
-    for rank in range(after):
-        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
-        expected = whole[slice(*storage.rows_of_rank(length, rank, after))]
-        shard = Shard(torch.full_like(expected, -1))
-        for old_rank in range(before):
-            storage._copy_common_rows(shard, stored[old_rank], old_rank, before)
-        assert torch.equal(shard.rows, expected)
+    for start, stop in new_places:
+        rows = torch.full((stop - start,), -1)
+        for old, place in zip(stored, old_places, strict=True):
+            storage.copy_common_rows(rows, (start, stop), old, place)
+        assert torch.equal(rows, whole[start:stop])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
