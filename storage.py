@@ -11,6 +11,7 @@ and kind of number (weights and AdamW's two moments), and a state.json with thei
 Any number of processes can go on from it. Nothing here is a pickle, which could run code when it is read.
 """
 
+import collections
 import hashlib
 import itertools
 import json
@@ -22,9 +23,10 @@ import shutil
 import socket
 import struct
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from datetime import timedelta
+from typing import Any, NamedTuple
 
 import safetensors
 import torch
@@ -49,24 +51,39 @@ from files import (
     writing,
 )
 
+BLOCK = 2**26  # numbers that are on their way at once: 256 MB in fp32
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # ---------------------------------------------------------------------------------------------- model folders
 
 
 def resolve(name: str) -> str:
-    """A local folder, or the hub model of that name brought to this machine."""
-    if os.path.isdir(name):
+    """A local folder, or the hub model of that name brought to this machine. Collective."""
+    is_folder = [os.path.isdir(name)] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(is_folder, is_folder[0])
+    if all(is_folder):
         return name
+    if any(is_folder):
+        raise InputError(f"{name}: no such folder for rank {is_folder.index(False)}, while others have it")
+
+    # It may take hours, which is longer than processes else wait for each other.
+    waiting = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if dist.is_initialized() else None
+    if local_rank() == 0:
+        bring(name)
+    if waiting:
+        dist.barrier(waiting)
+        dist.destroy_process_group(waiting)
+    return bring(name, local_files_only=True)
+
+
+def bring(name: str, **options) -> str:
+    """The folder that a hub model has on this machine, once it is there."""
     from huggingface_hub import snapshot_download
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     unwanted = ["consolidated*", "original/*"]  # the same weights once more, in another format
     try:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted)
-        if dist.is_initialized():
-            dist.barrier()
-        return snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted, local_files_only=True)
+        return snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted, **options)
     except Exception as error:  # the hub's client has a large family of errors of its own
         raise InputError(f"{name}: no such folder, and not to be had from the hub ({error})") from None
 
@@ -153,13 +170,11 @@ def model_identity(path: str) -> str:
     for file_name in weight_files(path) if has_weights else ():
         file_path = os.path.join(path, file_name)
         with reading(file_path), open(file_path, "rb") as file:
-            (header_length,) = struct.unpack("<Q", file.read(8))
-            header = file.read(header_length)
-            digest.update(header)
-            for tensor in parse_json(file_path, header).values():
-                if "data_offsets" in tensor:
-                    start, end = tensor["data_offsets"]
-                    _update_with_samples(digest, file, 8 + header_length + start, end - start)
+            header, tensors = read_header(file_path)
+            digest.update(header[8:])
+            for about in tensors.values():
+                start, end = about["data_offsets"]
+                _update_with_samples(digest, file, len(header) + start, end - start)
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
@@ -177,9 +192,11 @@ def rows_of_shard(length: int, shard: int, shards: int) -> tuple[int, int]:
     return min(shard * rows, length), min((shard + 1) * rows, length)
 
 
-def shard_of(tensor: DTensor) -> tuple[int, int]:
+def shard_of(tensor: Tensor) -> tuple[int, int]:
     """(which of its shards is here, how many there are). Copies of the model, of which there may be several,
     are cut alike: the mesh of ranks is (shards,) or (copies, shards)."""
+    if not isinstance(tensor, DTensor):
+        return 0, 1  # a buffer, all of which each rank has
     mesh = tensor.device_mesh
     return mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
 
@@ -191,84 +208,179 @@ def is_of_first_copy(tensor: DTensor) -> bool:
 
 def local_of(tensor: Tensor) -> Tensor:
     """What is here of a sharded tensor. Moments in host memory are no DTensors, and all of them is here."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def own_names(model: nn.Module, files: dict[str, list[str]]) -> dict[str, str]:
-    """Stored name -> the name in the model, which transformers may have changed since the files were written.
+class Place(NamedTuple):
+    """Where in a model a stored tensor belongs: it is a tensor there, or one of those that were joined.
 
-    Raises InputError if the tensors themselves are changed, as the experts of mixtures are joined.
+    Mixtures have their experts one by one in the files, gate and up apart, (F, D) each, and in the model all
+    in one tensor (E, 2 F, D).
+    """
+    name: str                 # of the tensor in the model
+    expert: int | None = None  # index in its dimension 0; None: all of it
+    part: int = 0             # which of the equal parts of dimension 1 ...
+    parts: int = 1            # ... of so many
+
+    def shape(self, tensor: Tensor) -> list[int]:
+        """That the stored tensor must have, `tensor` being the model's."""
+        if self.expert is None:
+            return [*tensor.shape]
+        return [tensor.shape[1] // self.parts, *tensor.shape[2:]]
+
+
+def places_in(model: nn.Module, stored_names: Iterable[str]) -> dict[str, Place]:
+    """Where each stored tensor belongs. transformers may have renamed it since the files were written.
+
+    Raises InputError if transformers cuts or joins tensors in other ways than the experts of mixtures.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        apply_renamings,
+        rename_source_key,
+    )
     changes, names = get_model_conversion_mapping(model), dict.fromkeys(model.state_dict(), True)
     renamings = [change for change in changes if isinstance(change, WeightRenaming)]
-    others = [change for change in changes if isinstance(change, WeightConverter)]
-    own = {}
-    for stored in itertools.chain(*files.values()):
-        own[stored], changed_by = stored, None
+    joins = [change for change in changes if isinstance(change, WeightConverter)]
+    of_pattern = {pattern: join for join in joins for pattern in join.source_patterns}
+    places = {}
+    for stored in stored_names:
+        places[stored], pattern = Place(stored), None
         if stored not in names:
-            own[stored], changed_by = rename_source_key(
-                stored, renamings, others, model.base_model_prefix, names)
-        if changed_by:
-            refuse_model(type(model).__name__, "transformers cuts or joins the tensors in its files "
-                                               f"({stored} becomes part of {own[stored]})")
-    return own
+            name, pattern = rename_source_key(stored, renamings, joins, model.base_model_prefix, names)
+            places[stored] = Place(name)
+        if pattern:
+            join, by_number = of_pattern[pattern], pattern.replace("*.", r"(?P<expert>\d+)\.")
+            number = re.search(by_number, apply_renamings(stored, renamings))
+            if not joins_experts(join) or not number:
+                refuse_model(type(model).__name__, "transformers cuts or joins the tensors in its files "
+                                                   f"({stored} becomes part of {name})")
+            parts = join.source_patterns
+            places[stored] = Place(name, int(number["expert"]), parts.index(pattern), len(parts))
+    return places
 
 
-@torch.no_grad()
-def load(policy: nn.Module, folder: str) -> None:
-    """Fill the shards of policy.model: each rank reads only its own rows of each tensor.
+def joins_experts(change: Any) -> bool:
+    """Whether a change of tensors stacks those of all experts, and then joins several kinds, if there are."""
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+    kinds = [(type(operation), operation.dim) for operation in change.operations
+             if not getattr(operation, "num_shards_attribute", None)]
+    several = len(change.source_patterns) > 1
+    expected = [(MergeModulelist, 0), (Concatenate, 1)] if several else [(MergeModulelist, 0)]
+    are_numbered = all(pattern.count("*.") == 1 for pattern in change.source_patterns)
+    return kinds == expected and len(change.target_patterns) == 1 and are_numbered
 
-    Raises InputError if the tensors in the folder are not, one to one, finite floats for those of the model.
-    """
-    files, tensors = weight_files(folder), policy.model.state_dict(keep_vars=True)
-    own = own_names(policy.model, files)
-    filled = {tensors[name] for name in own.values() if name in tensors}  # tied: stored once or twice
-    missing = [name for name, tensor in tensors.items() if tensor not in filled]
+
+def check_places(places: dict[str, Place], policy: nn.Module, folder: str) -> None:
+    """Raise InputError if the stored tensors are not exactly what the model consists of."""
+    tensors = policy.model.state_dict(keep_vars=True)
     ignored = ["inv_freq$", *policy.model._keys_to_ignore_on_load_unexpected]  # recomputed, or of no use
-    unknown = [name for name in own.values()
-               if name not in tensors and not any(re.search(pattern, name) for pattern in ignored)]
+    found, unknown = collections.defaultdict(set), []  # tied: stored once or twice
+    for stored, place in places.items():
+        tensor = tensors.get(place.name)
+        if tensor is not None and (place.expert is None or place.expert < len(tensor)):
+            found[tensor].add(place[1:])
+        elif tensor is not None or not any(re.search(pattern, place.name) for pattern in ignored):
+            unknown.append(stored)
+
+    missing = []
+    for name, tensor in tensors.items():
+        parts = max((parts for _, _, parts in found[tensor]), default=1)
+        if not found[tensor]:
+            missing.append(name)
+        elif Place(name)[1:] not in found[tensor]:
+            needed = itertools.product(range(len(tensor)), range(parts), [parts])
+            missing += [f"{name}[{place[0]}]" for place in needed if place not in found[tensor]]
     if missing or unknown:
         raise InputError(f"{folder}: its tensors are not one to one those of {policy.name} "
                          f"(missing: {missing[:3]}, left over: {unknown[:3]})")
 
-    bar, seen = progress(None, "loading", total=len(own), unit="tensor"), set()
+
+def blocks_of(place: Place, tensor: Tensor) -> Iterator[tuple[int, Any, Any]]:
+    """Where the numbers of a stored tensor are, in its order and in blocks of at most BLOCK fp32 numbers.
+
+    Yields (shard, index in that shard's rows of the model's tensor, index in the stored tensor).
+    """
+    shape, (_, shards) = place.shape(tensor), shard_of(tensor)
+    if not shape:
+        yield 0, ..., ...
+        return
+    at_once = max(1, BLOCK // max(1, math.prod(shape[1:])))
+    for shard in range(shards):
+        start, stop = rows_of_shard(len(tensor), shard, shards)
+        if place.expert is None:
+            before, first, end = (), start, stop
+        elif start <= place.expert < stop:  # FSDP cuts between experts
+            before, first, end = (place.expert - start,), 0, shape[0]
+            start = -place.part * shape[0]
+        else:
+            continue
+        for row in range(first, end, at_once):
+            last = min(row + at_once, end)
+            yield shard, (*before, slice(row - start, last - start)), slice(row, last)
+
+
+def is_finite(numbers: Tensor) -> bool:
+    """As `isfinite().all()`, without a copy of them."""
+    return numbers.numel() == 0 or all(math.isfinite(extreme) for extreme in numbers.aminmax())
+
+
+@torch.no_grad()
+def load(policy: nn.Module, folder: str) -> None:
+    """Fill the shards of policy.model: each rank reads only its own rows of each tensor, or its own experts.
+
+    Raises InputError if the tensors in the folder are not, one to one, finite floats for those of the model.
+    """
+    files, tensors = weight_files(folder), policy.model.state_dict(keep_vars=True)
+    places = places_in(policy.model, itertools.chain(*files.values()))
+    check_places(places, policy, folder)
+
+    bar, seen = progress(None, "loading", total=len(places), unit="tensor"), set()
     for path, names in files.items():
         with safe_open(f"{folder}/{path}", "pt") as file:
             for name in names:
-                if own[name] in tensors:
-                    tensor = tensors[own[name]]
-                    fill(tensor, file.get_slice(name), f"{folder}/{path}: {name}", is_full=tensor in seen)
-                    seen.add(tensor)
+                place = places[name]
+                if place.name in tensors:
+                    tensor = tensors[place.name]
+                    is_full = (tensor, place[1:]) in seen
+                    fill(tensor, place, file.get_slice(name), f"{folder}/{path}: {name}", is_full)
+                    seen.add((tensor, place[1:]))
                 bar.update()
     bar.close()
 
 
-def fill(tensor: Tensor, stored: Any, where: str, is_full: bool) -> None:
-    """Copy a stored tensor, or of a sharded one this rank's rows. If it is full, it must be the same."""
-    if stored.get_shape() != list(tensor.shape):
-        raise InputError(f"{where} must be {[*tensor.shape]}, got {stored.get_shape()}")
+def fill(tensor: Tensor, place: Place, stored: Any, where: str, is_full: bool) -> None:
+    """Copy what this rank has of a stored tensor. If that is full already, it must be the same."""
+    shape = place.shape(tensor)
+    if stored.get_shape() != shape:
+        raise InputError(f"{where} must be {shape}, got {stored.get_shape()}")
     if tensor.is_floating_point() and stored.get_dtype() not in FLOATS:
         raise InputError(f"{where} is stored as {stored.get_dtype()}: quantized weights cannot be trained; "
                          "use the model they were made from")
-    if isinstance(tensor, DTensor):
-        start, stop = rows_of_shard(len(tensor), *shard_of(tensor))
-        tensor, stored = tensor.to_local(), stored[start:stop]
-    else:
-        stored = stored[...]
-    if not stored.isfinite().all():
-        raise InputError(f"{where} holds numbers that are not finite: the file is damaged, or the model is")
-    if is_full and not torch.equal(tensor, stored.to(tensor)):
-        raise InputError(f"{where} differs from what it is tied to (tie_word_embeddings in config.json)")
-    tensor.copy_(stored)
+    rows, (own_shard, _) = local_of(tensor), shard_of(tensor)
+    for shard, here, there in blocks_of(place, tensor):
+        if shard != own_shard:
+            continue
+        numbers = stored[there]
+        if not is_finite(numbers):
+            raise InputError(f"{where} holds numbers that are not finite: the file is damaged, "
+                             "or the model is")
+        if is_full and not torch.equal(rows[here], numbers.to(rows)):
+            raise InputError(f"{where} differs from what it is tied to (tie_word_embeddings in config.json)")
+        rows[here] = numbers.to(rows.device)
 
 
 @torch.no_grad()
 def export(policy: nn.Module, source: str, folder: str) -> None:
     """Write the folder `source` again with the trained numbers in it: same files, names and dtypes, so
-    whatever loads one loads the other. Complete or absent, never half. Collective."""
-    tensors, is_writer, unfinished = policy.model.state_dict(), dist.get_rank() == 0, f"{folder}.unfinished"
+    whatever loads one loads the other. Complete or absent, never half. Collective.
+
+    Rank 0 writes, and the others send it what they have, block by block: nobody holds more of the model than
+    his shard and a block.
+    """
+    is_writer, unfinished = dist.get_rank() == 0, f"{folder}.unfinished"
     if is_writer:
         with writing(unfinished):
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -277,24 +389,14 @@ def export(policy: nn.Module, source: str, folder: str) -> None:
                 if name.endswith((".json", ".jinja", ".txt", ".model")):
                     shutil.copy(f"{source}/{name}", unfinished)
 
-    files = weight_files(source)
-    own = own_names(policy.model, files)
-    for path in progress(files, "exporting", unit="file"):
-        trained = {}
-        with safe_open(f"{source}/{path}", "pt") as before:
-            for name in files[path]:
-                if own[name] not in tensors:
-                    trained[name] = before.get_tensor(name)
-                    continue
-                # Gathered by all ranks together; only one keeps it.
-                tensor = tensors[own[name]]
-                whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-                if is_writer:
-                    dtype = FLOATS.get(before.get_slice(name).get_dtype(), whole.dtype)
-                    trained[name] = whole.to("cpu", dtype, copy=True)
+    for path in progress(weight_files(source), "exporting", unit="file"):
         if is_writer:
-            write_weights(trained, f"{unfinished}/{path}")
-            shutil.copymode(f"{source}/{path}", f"{unfinished}/{path}")  # else only their owner can read them
+            with writing(f"{unfinished}/{path}"):
+                os.makedirs(os.path.dirname(f"{unfinished}/{path}"), exist_ok=True)
+                write_weights(policy, f"{source}/{path}", f"{unfinished}/{path}")
+                shutil.copymode(f"{source}/{path}", f"{unfinished}/{path}")
+        elif is_of_first_copy(next(policy.parameters())):
+            send_weights(policy, f"{source}/{path}")
 
     if is_writer:
         with writing(folder):  # a folder that is there and not empty is not replaced
@@ -303,13 +405,63 @@ def export(policy: nn.Module, source: str, folder: str) -> None:
     dist.barrier()
 
 
-def write_weights(tensors: dict[str, Tensor], path: str) -> None:
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise InputError(f"{path}: not written, as {name} is no longer finite; lower the --learning-rate")
-    with writing(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        save_file(tensors, path, metadata={"format": "pt"})
+def read_header(path: str) -> tuple[bytes, dict[str, dict]]:
+    """The beginning of a safetensors file, and what it says of each tensor, in the order of their bytes."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+        header = file.read(*struct.unpack("<Q", start))
+    tensors = {name: about for name, about in parse_json(path, header).items() if "data_offsets" in about}
+    return start + header, dict(sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]))
+
+
+def write_weights(policy: nn.Module, source: str, path: str) -> None:
+    """Write a file of weights again, with the numbers of the model where it has them. On rank 0."""
+    tensors = policy.model.state_dict()
+    header, stored = read_header(source)
+    places = places_in(policy.model, stored)
+    with open(source, "rb") as before, open(path, "wb") as after:
+        after.write(header)
+        for name, about in stored.items():
+            place, (start, end) = places[name], about["data_offsets"]
+            if place.name not in tensors:
+                before.seek(len(header) + start)
+                after.write(before.read(end - start))
+                continue
+            for block in received_blocks(tensors[place.name], place, about["dtype"]):
+                if not is_finite(block):
+                    raise InputError(f"{path}: not written, as {name} is no longer finite; "
+                                     "lower the --learning-rate")
+                after.write(block.view(torch.uint8).numpy())
+
+
+def received_blocks(tensor: Tensor, place: Place, dtype: str) -> Iterator[Tensor]:
+    """The numbers of a stored tensor in its order, flat, in host memory. On rank 0."""
+    for shard, here, there in blocks_of(place, tensor):
+        if shard == 0:
+            yield to_be_stored(local_of(tensor)[here], dtype)
+            continue
+        shape = place.shape(tensor)
+        count = (there.stop - there.start) * math.prod(shape[1:])
+        block = torch.empty(count, dtype=FLOATS[dtype])
+        dist.recv(block, shard)  # of the first copy, whose shards are numbered like the ranks
+        yield block
+
+
+def send_weights(policy: nn.Module, source: str) -> None:
+    """What `received_blocks` waits for while a file is written, from this rank."""
+    tensors, (_, stored) = policy.model.state_dict(), read_header(source)
+    for name, place in places_in(policy.model, stored).items():
+        if place.name not in tensors:
+            continue
+        tensor = tensors[place.name]
+        for shard, here, _ in blocks_of(place, tensor):
+            if shard > 0 and shard == shard_of(tensor)[0]:
+                dist.send(to_be_stored(local_of(tensor)[here], stored[name]["dtype"]), 0)
+
+
+def to_be_stored(numbers: Tensor, dtype: str) -> Tensor:
+    """Flat and in host memory. Cast before they are sent: two bytes are fewer than four."""
+    return numbers.to("cpu", FLOATS.get(dtype, numbers.dtype)).reshape(-1)
 
 
 # --------------------------------------------------------------------------------------------- output folders

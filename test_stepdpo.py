@@ -675,6 +675,12 @@ FAMILIES = {
     "cohere-scale": (transformers.CohereConfig, dict(logit_scale=0.25)),
     "granite-scale": (transformers.GraniteConfig, dict(logits_scaling=8.0)),
     "phi-bias": (transformers.PhiConfig, {}),
+    # Of three experts, so that two ranks have unequal shares; each token asks two.
+    "qwen2-moe": (transformers.Qwen2MoeConfig, dict(
+        num_experts=3, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=40)),
+    "qwen3-moe": (transformers.Qwen3MoeConfig, dict(
+        num_experts=3, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=16)),
+    "mixtral": (transformers.MixtralConfig, dict(num_local_experts=3, num_experts_per_tok=2)),
 }
 
 
@@ -805,8 +811,8 @@ def test_models_that_pass_no_keyword_arguments_to_their_attention_are_exact_too(
     (transformers.Lfm2Config(**SMALL, intermediate_size=48, num_key_value_heads=2,
                              layer_types=["conv", "full_attention"]),
      r"Lfm2ForCausalLM is not supported: its layers \(conv\) connect tokens in other ways"),
-    (transformers.MixtralConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, num_local_experts=2),
-     "MixtralForCausalLM is not supported: transformers cuts or joins the tensors in its files"),
+    (transformers.HrmTextConfig(**SMALL, intermediate_size=48),
+     "HrmTextForCausalLM is not supported: transformers cuts or joins the tensors in its files"),
 ], ids=lambda x: getattr(x, "model_type", ""))
 def test_models_whose_attention_cannot_be_ours_are_refused_by_name(workplace, tokenizer, tmp_path, config,
                                                                   message):
@@ -1053,6 +1059,70 @@ def test_tensors_may_have_older_names_and_no_dimension(workplace, tmp_path):
         exported = load_file(out / "model.safetensors")
         assert exported.keys() == weights.keys()
         assert all(torch.equal(exported[name], weights[name]) for name in weights)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize("family", ["qwen2-moe", "qwen3-moe", "mixtral"])
+def test_mixtures_train_like_a_naive_trainer_and_their_experts_are_exported_one_by_one(
+        workplace, tokenizer, tmp_path, monkeypatch, family):
+    source, export, trained = tmp_path / "source", storage.export, {}
+    make_model(family).save_pretrained(source, max_shard_size="60KB")
+    tokenizer.save_pretrained(source)
+
+    def remember_and_export(policy, *folders):
+        trained.update({name: x.full_tensor() for name, x in policy.model.state_dict().items()})
+        export(policy, *folders)
+
+    monkeypatch.setattr(storage, "export", remember_and_export)
+    config = make_config(workplace, tmp_path / "one", model=source, epochs=1)
+    stepdpo.train(config)
+    assert losses_of(tmp_path / "one") == pytest.approx(naive_training(config), abs=1e-5)
+    child = launch(make_flags(workplace, tmp_path / "two", model=source, epochs=1), 2)
+    output, _ = child.communicate(timeout=200)
+    assert child.returncode == 0, output
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-5)
+
+    before, of_one, of_two = (tensors_of(x) for x in (source, tmp_path / "one/model", tmp_path / "two/model"))
+    assert sum(".experts." in name for name in before) == 2 * 3 * 3  # layers, experts, gate and up and down
+    assert before.keys() == of_one.keys() == of_two.keys()
+    for name, x in of_one.items():
+        assert not torch.equal(x, before[name]), name
+        torch.testing.assert_close(of_two[name], x, atol=5e-5, rtol=0)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "one/model").state_dict()
+    assert trained.keys() == again.keys()
+    assert all(torch.equal(trained[name], again[name]) for name in again)
+
+
+def test_experts_too_many_too_few_and_of_other_sizes_are_named(workplace, tmp_path):
+    make_model("qwen3-moe").save_pretrained(tmp_path)
+    path, name = tmp_path / "model.safetensors", "model.layers.1.mlp.experts.2.up_proj.weight"
+    weights, config = load_file(path), make_config(workplace, "unused", model=tmp_path)
+    expert = weights.pop(name)
+    changes = [
+        ({}, r"missing: \['model.layers.1.mlp.experts.gate_up_proj\[2\]'\], left over: \[\]"),
+        ({name: expert, name.replace("s.2.", "s.3."): expert.clone()},
+         r"missing: \[\], left over: \['model.layers.1.mlp.experts.3.up_proj.weight'\]"),
+        ({name: expert[:-1].clone()}, r"experts.2.up_proj.weight must be \[24, 64\], got \[23, 64\]"),
+        ({name: expert / 0}, "experts.2.up_proj.weight holds numbers that are not finite"),
+    ]
+    stepdpo.start_processes()
+    for change, message in changes:
+        save_file(weights | change, path, metadata={"format": "pt"})
+        with pytest.raises(InputError, match=message):
+            stepdpo.build(str(tmp_path), config)
+
+
+def test_experts_may_be_joined_in_the_files_too(workplace, tmp_path):
+    model = make_model("qwen3-moe")
+    model.config.save_pretrained(tmp_path)
+    save_file(model.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    stepdpo.start_processes()
+    policy = stepdpo.build(str(tmp_path), make_config(workplace, "unused"))
+    for name, x in policy.model.state_dict().items():
+        assert torch.equal(x.full_tensor(), model.state_dict()[name]), name
 
 
 def test_files_of_a_model_may_stand_in_folders_but_not_outside_theirs(workplace, tmp_path):
