@@ -1008,7 +1008,8 @@ def test_the_exported_model_is_an_ordinary_folder_with_the_trained_weights(workp
     assert after.generate(prompt, max_new_tokens=3, do_sample=False).shape[1] > prompt.shape[1]
 
 
-def test_export_keeps_the_files_names_and_dtypes_of_the_source(workplace, tmp_path):
+def test_export_keeps_the_files_names_and_dtypes_of_the_source(workplace, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "BLOCK", 1000)  # most tensors are several
     source = tmp_path / "source"
     model = make_model("qwen2-tied").bfloat16()
     model.save_pretrained(source, max_shard_size="20KB")
@@ -1016,11 +1017,50 @@ def test_export_keeps_the_files_names_and_dtypes_of_the_source(workplace, tmp_pa
     config = make_config(workplace, tmp_path)
     policy = stepdpo.build(str(source), config)
     storage.export(policy, str(source), str(tmp_path / "out"))
-    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
+    parts = sorted(path.name for path in source.glob("model-*-of-*.safetensors"))
+    assert len(parts) > 2
+    for name in parts:  # nothing was trained, and bf16 survives fp32
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert again.dtype == torch.bfloat16
     for (name, a), b in zip(again.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+class StoredTensor:
+    """As safetensors gives it, but it counts what is read."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor, self.reads, self.get_shape = tensor, [], lambda: [*tensor.shape]
+        self.get_dtype = lambda: "F32"
+
+    def __getitem__(self, index):
+        self.reads.append(self.tensor[index].numel())
+        return self.tensor[index]
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 8])
+def test_each_rank_reads_its_own_rows_or_experts_and_no_more_than_a_block_at_once(monkeypatch, shards):
+    monkeypatch.setattr(storage, "BLOCK", 9)
+    whole = torch.arange(5 * 6 * 4.0).view(5, 6, 4)  # 5 rows or experts; gate and up of (3, 4)
+    in_one = {storage.Place("x"): StoredTensor(whole)}
+    apart = {storage.Place("x", expert, part, 2): StoredTensor(whole[expert, 3 * part:3 * part + 3])
+             for expert in range(5) for part in range(2)}
+    for stored in (in_one, apart):
+        for shard in range(shards):
+            start, stop = storage.rows_of_shard(5, shard, shards)
+            rows = torch.full_like(whole[start:stop], -1)
+            monkeypatch.setattr(storage, "shard_of", lambda _, shard=shard: (shard, shards))
+            monkeypatch.setattr(storage, "local_of", lambda _, rows=rows: rows)
+            for place, tensor in stored.items():
+                tensor.reads.clear()
+                storage.fill(whole, place, tensor, "", is_full=False)
+                at_most = 24 if place.expert is None else 9  # a row is the least
+                assert max(tensor.reads, default=0) <= at_most
+                if place.expert is not None and not start <= place.expert < stop:
+                    assert not tensor.reads
+            assert torch.equal(rows, whole[start:stop])
+            assert sum(sum(tensor.reads) for tensor in stored.values()) == rows.numel()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -1439,6 +1479,27 @@ def test_nodes_that_read_other_things_are_told_so(monkeypatch, workplace, tmp_pa
 def test_processes_that_share_copies_must_come_out_even(workplace, tmp_path):
     with pytest.raises(InputError, match="--shard-size 3: must divide the number of processes, 1"):
         stepdpo.train(make_config(workplace, tmp_path / "out", shard_size=3))
+
+
+def test_a_download_may_take_longer_than_processes_wait_for_each_other(tmp_path):
+    (tmp_path / "slow.py").write_text(f"""import sys, time, huggingface_hub
+from datetime import timedelta
+sys.path.insert(0, {str(HERE)!r})
+import stepdpo, storage, torch.distributed as dist
+
+def snapshot_download(name, local_files_only=False, **_):
+    time.sleep(0 if local_files_only else 6)
+    return "/cache/" + name
+
+huggingface_hub.snapshot_download = snapshot_download
+stepdpo.start_processes()
+dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), dist.group.WORLD)
+sys.stdout.write(storage.resolve("owner/name") + chr(10))
+dist.barrier()
+""")
+    child = subprocess.run([*TORCHRUN, "2", str(tmp_path / "slow.py")], capture_output=True, text=True,
+                           timeout=200, env=ENVIRONMENT)
+    assert child.returncode == 0 and child.stdout.split() == ["/cache/owner/name"] * 2, child.stderr
 
 
 def test_answers_of_a_model_that_no_process_can_hold_are_refused(workplace, tmp_path, monkeypatch):
