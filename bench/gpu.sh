@@ -46,12 +46,15 @@ stage() { # stage NAME LIMIT COMMAND...: at most LIMIT seconds, and none of thos
 
 if [[ -n ${DRY:-} ]]; then
     many=(--batch-size 4 --steps 1 --rounds 1) few=("${many[@]}") test=(--collect-only) demo=(--max-steps 1)
-    shapes=(64,32,1000 33,64,1003) rows=(--heads 4,2,16 --tokens 700 --repeats 2)
+    shapes=(64,32,1000 33,64,1003 --repeats 2 --skip compiled) rows=(--heads 4,2,16 --tokens 700 --repeats 2)
+    settings=(--ours='--offload gradients')
     shaped() { echo "--model demo/model"; }
 else
-    many=(--batch-size 64 --steps 4 --rounds 2) few=(--batch-size 8 --steps 3 --rounds 1) test=() demo=()
+    many=(--batch-size 64 --steps 4 --rounds 2) few=(--batch-size 8 --steps 3 --rounds 1) test=()
     demo=(--test-problems demo/test.jsonl)
     shapes=(1024,8192,152064 2048,3584,152064 8192,4096,151936) rows=()
+    settings=(--ours='--tokens-per-micro-batch 4096' --ours=--compile --ours='--offload moments'
+              --ours='--offload gradients')
     shaped() { echo "--shape qwen2-$1 --model $model"; }
 fi
 
@@ -80,8 +83,7 @@ run_stage() {
     attention) stage attention 200 "$python" bench/packed_attention.py "${rows[@]}" \
         --out "$results/attention-$device.json" ;;
     profile) steps profile-7b 7b "${many[@]}" --profile ;;
-    steps) steps steps-7b 7b "${many[@]}" --rounds 1 --ours='--tokens-per-micro-batch 4096' --ours=--compile \
-        --ours='--offload moments' --ours='--offload gradients' --only '^ours$|^ours, --' ;;
+    steps) steps steps-7b 7b "${many[@]}" --rounds 1 "${settings[@]}" --only '^ours$|^ours, --' ;;
     trl-*) steps "$1" "${1#trl-}" "${many[@]}" --trl-micro-batch 8 32 \
         --only '^ours$|^ours, no-act|^trl$|^trl, precomputed$|liger' ;;
     *) echo "gpu.sh: no stage is called $1"; exit 2 ;;
