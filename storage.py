@@ -265,8 +265,7 @@ def places_in(model: nn.Module, stored_names: Iterable[str]) -> dict[str, Place]
 def joins_experts(change: Any) -> bool:
     """Whether a change of tensors stacks those of all experts, and then joins several kinds, if there are."""
     from transformers.core_model_loading import Concatenate, MergeModulelist
-    kinds = [(type(operation), operation.dim) for operation in change.operations
-             if not getattr(operation, "num_shards_attribute", None)]
+    kinds = [(type(operation), getattr(operation, "dim", None)) for operation in change.operations]
     several = len(change.source_patterns) > 1
     expected = [(MergeModulelist, 0), (Concatenate, 1)] if several else [(MergeModulelist, 0)]
     are_numbered = all(pattern.count("*.") == 1 for pattern in change.source_patterns)

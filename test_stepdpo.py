@@ -1165,6 +1165,18 @@ def test_experts_may_be_joined_in_the_files_too(workplace, tmp_path):
         assert torch.equal(x.full_tensor(), model.state_dict()[name]), name
 
 
+def test_only_joins_of_experts_are_taken_for_such():
+    from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter
+    stack, join = MergeModulelist(dim=0), Concatenate(dim=1)
+    one, two, target = ["experts.*.a"], ["experts.*.a", "experts.*.b"], ["experts.c"]
+    several = Concatenate(dim=1, num_shards_attribute="shards")
+    for sources, operations, expected in [
+            (one, [stack], True), (two, [stack, join], True),
+            (one, [stack, several], False), (two, [stack], False), (["a"], [Transpose(0, 1)], False)]:
+        change = WeightConverter(sources, target, operations=operations)
+        assert storage.joins_experts(change) is expected, operations
+
+
 def test_files_of_a_model_may_stand_in_folders_but_not_outside_theirs(workplace, tmp_path):
     weights = load_file(workplace / "qwen2" / "model.safetensors")
     shutil.copytree(workplace / "qwen2", tmp_path / "m")
