@@ -29,13 +29,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from common import announced_environment, write
-from torch.nn.functional import logsigmoid
+from common import announced_environment, naive_training, write
 from tqdm import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
 import conftest
-import data
 import stepdpo
 import storage
 from files import InputError
@@ -116,36 +114,6 @@ def make_model(model_type: str, folder: str) -> None:
     conftest.make_tokenizer().save_pretrained(folder)
 
 
-def naive_losses(config: stepdpo.Config) -> list[float]:
-    """The same optimizer steps as plainly as can be: whole logits, one sequence at a time."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).eval()
-    rows, tokenizer = data.read_rows(config.data[0]), data.read_tokenizer(config.model)
-    pairs, _ = data.encode(rows, tokenizer, "chat", None, "step", config.max_length)
-    steps = config.epochs * data.steps_per_epoch(len(pairs), config.batch_size)
-
-    def logp(prefix: list[int], step: list[int]) -> torch.Tensor:
-        ids = torch.tensor([prefix + step])
-        logps = model(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
-        return logps.gather(1, ids[0, 1:, None])[-len(step):].sum()
-
-    def log_ratios(indices) -> torch.Tensor:
-        chosen_and_rejected = [[logp(pairs[i].prefix, step) for step in pairs[i][1:3]] for i in indices]
-        return torch.stack([chosen - rejected for chosen, rejected in chosen_and_rejected])
-
-    reference = log_ratios(range(len(pairs))).detach()
-    optimizer, losses = torch.optim.AdamW(model.parameters(), weight_decay=0.0), []
-    for step in range(steps):
-        indices = data.indices_of_step(step, len(pairs), config.batch_size, config.seed)
-        loss = -logsigmoid(config.beta * (log_ratios(indices) - reference[indices])).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        optimizer.param_groups[0]["lr"] = stepdpo.learning_rate(step, steps, config)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
 def examine(model_type: str, folder: str) -> tuple[str, str]:
     """(verdict, reason) of one architecture."""
     model, out, naive, weights, export = f"{folder}/model", f"{folder}/out", None, {}, storage.export
@@ -154,7 +122,7 @@ def examine(model_type: str, folder: str) -> tuple[str, str]:
         "--epochs=1", "--learning-rate=1e-3", "--dtype=float32", "--activation-checkpointing"])
     try:
         make_model(model_type, model)
-        naive = naive_losses(config)
+        naive, _ = naive_training(config)
     except Exception as error:  # where transformers cannot run what it saved, the trainer must say so
         traceback.print_exc()
         if not os.path.exists(f"{model}/tokenizer.json"):

@@ -7,7 +7,8 @@
 #
 #     tests       the CUDA tests
 #     demo        the README's first run, and what it gains
-#     same        ours on GPU and CPU: the demo, and a model of 0.5B parameters; the column "differs"
+#     same-demo   ours on GPU and CPU; the column "differs"
+#     same-0.5b   the same for a model of 0.5B parameters
 #     loss        the head alone, against every peer
 #     attention   attention alone, against what else could compute it
 #     profile     7B: where the time of a step goes
@@ -73,10 +74,9 @@ run_stage() {
         "$python" -m pytest -q -p no:cacheprovider -k cuda test_stepdpo.py "${test[@]}" ;;
     demo) stage demo 200 "$python" stepdpo.py --model demo/model --data demo/pairs.jsonl --max-length 256 \
         --instruction '' --learning-rate 3e-5 --batch-size 32 --epochs 2 --output-dir "$(mktemp -d)/out" "${demo[@]}" ;;
-    same)
-        stage same-demo 200 "$python" bench/train.py --model demo/model --data demo/pairs.jsonl \
-            --learning-rate 3e-5 "${few[@]}" "${against_cpu[@]}" --out "$results/same-demo-$device.json"
-        steps same-0.5b 0.5b "${few[@]}" "${against_cpu[@]}" ;;
+    same-demo) stage same-demo 200 "$python" bench/train.py --model demo/model --data demo/pairs.jsonl \
+        --learning-rate 3e-5 "${few[@]}" "${against_cpu[@]}" --out "$results/same-demo-$device.json" ;;
+    same-0.5b) steps same-0.5b 0.5b "${few[@]}" "${against_cpu[@]}" ;;
     loss)
         # shellcheck disable=SC2086
         stage loss 400 "$python" bench/loss.py ${LOSS:-} --shapes "${shapes[@]}" --out "$results/loss-$device.json" ;;
@@ -90,6 +90,6 @@ run_stage() {
     esac
 }
 
-if (($# == 0)); then set -- tests demo same loss attention profile steps trl-7b trl-1.5b trl-0.5b; fi
+if (($# == 0)); then set -- tests demo same-demo same-0.5b loss attention profile steps trl-7b trl-1.5b trl-0.5b; fi
 for name in "$@"; do run_stage "$name"; done
 exit $status

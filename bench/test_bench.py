@@ -29,16 +29,17 @@ def test_loss_benchmark_measures_what_runs_here_and_names_what_does_not(tmp_path
     assert all(f"{name:11}missing: " in text for name in ("compiled", "liger", "cce", "cce-filter", "quack"))
 
 
-def test_every_stage_for_a_gpu_runs_on_a_toy(tmp_path):
-    run = ["bash", "bench/gpu.sh", "tests", "demo", "same", "loss", "attention", "profile", "steps", "trl-0.5b"]
+def test_the_stages_for_a_gpu_run_on_a_toy(tmp_path):
+    stages = ["tests", "demo", "same-demo", "loss", "attention", "profile"]  # the others run the same scripts
+    run = ["bash", "bench/gpu.sh", *stages]
     environment = ENVIRONMENT | {"DRY": "1", "RESULTS": str(tmp_path), "PYTHON": sys.executable}
     result = subprocess.run(run, cwd=HERE, text=True, capture_output=True, timeout=600, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
-    stages = {path.name.removesuffix("-cpu.json") for path in tmp_path.iterdir()}
-    assert {stage for stage in stages if not stage.startswith("tests-")} == {
-        "demo", "same-demo", "same-0.5b", "loss", "attention", "profile-7b", "steps-7b", "trl-0.5b"}
+    done = {path.name.removesuffix("-cpu.json") for path in tmp_path.iterdir()}
+    assert {stage for stage in done if not stage.startswith("tests-")} == {
+        "demo", "same-demo", "loss", "attention", "profile-7b"}
     again = subprocess.run(run, cwd=HERE, text=True, capture_output=True, timeout=60, env=environment)
-    assert again.stdout.count("done before") == len(stages) == 9
+    assert again.stdout.count("done before") == len(stages)
 
 
 def test_training_benchmark_measures_ours_and_another_checkout(tiny, tmp_path):
