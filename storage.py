@@ -390,10 +390,7 @@ def export(policy: nn.Module, source: str, folder: str) -> None:
 
     for path in progress(weight_files(source), "exporting", unit="file"):
         if is_writer:
-            with writing(f"{unfinished}/{path}"):
-                os.makedirs(os.path.dirname(f"{unfinished}/{path}"), exist_ok=True)
-                write_weights(policy, f"{source}/{path}", f"{unfinished}/{path}")
-                shutil.copymode(f"{source}/{path}", f"{unfinished}/{path}")
+            write_weights(policy, f"{source}/{path}", f"{unfinished}/{path}")
         elif is_of_first_copy(next(policy.parameters())):
             send_weights(policy, f"{source}/{path}")
 
@@ -406,10 +403,10 @@ def export(policy: nn.Module, source: str, folder: str) -> None:
 
 def read_header(path: str) -> tuple[bytes, dict[str, dict]]:
     """The beginning of a safetensors file, and what it says of each tensor, in the order of their bytes."""
-    with open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file:
         start = file.read(8)
         header = file.read(*struct.unpack("<Q", start))
-    tensors = {name: about for name, about in parse_json(path, header).items() if "data_offsets" in about}
+        tensors = {name: about for name, about in parse_json(path, header).items() if "data_offsets" in about}
     return start + header, dict(sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]))
 
 
@@ -418,19 +415,22 @@ def write_weights(policy: nn.Module, source: str, path: str) -> None:
     tensors = policy.model.state_dict()
     header, stored = read_header(source)
     places = places_in(policy.model, stored)
-    with open(source, "rb") as before, open(path, "wb") as after:
-        after.write(header)
-        for name, about in stored.items():
-            place, (start, end) = places[name], about["data_offsets"]
-            if place.name not in tensors:
-                before.seek(len(header) + start)
-                after.write(before.read(end - start))
-                continue
-            for block in received_blocks(tensors[place.name], place, about["dtype"]):
-                if not is_finite(block):
-                    raise InputError(f"{path}: not written, as {name} is no longer finite; "
-                                     "lower the --learning-rate")
-                after.write(block.view(torch.uint8).numpy())
+    with writing(path), open(source, "rb") as before:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as after:
+            after.write(header)
+            for name, about in stored.items():
+                place, (start, end) = places[name], about["data_offsets"]
+                if place.name not in tensors:
+                    before.seek(len(header) + start)
+                    after.write(before.read(end - start))
+                    continue
+                for block in received_blocks(tensors[place.name], place, about["dtype"]):
+                    if not is_finite(block):
+                        raise InputError(f"{path}: not written, as {name} is no longer finite; "
+                                         "lower the --learning-rate")
+                    after.write(block.view(torch.uint8).numpy())
+        shutil.copymode(source, path)
 
 
 def received_blocks(tensor: Tensor, place: Place, dtype: str) -> Iterator[Tensor]:

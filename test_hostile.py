@@ -607,7 +607,7 @@ def test_a_run_goes_on_without_a_cache_and_says_so(place, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("room, save_every, message", [
-    (10, 1, "out/run.json: cannot be written: File too large"),
+    (20, 1, "out/run.json: cannot be written: File too large"),
     (1600, 0, "out/model.unfinished: cannot be written: File too large"),
     (20000, 1, r"step-000001.unfinished/weights.0.safetensors: cannot be written: .*File too large"),
 ])
