@@ -55,6 +55,11 @@ def position_limit(model: nn.Module) -> float:
     return min(limits)
 
 
+def is_mixture(model: nn.Module) -> bool:
+    """Whether tokens choose among experts."""
+    return any(name.endswith(".experts") for name, _ in model.named_modules())
+
+
 def compute_buffers(model: nn.Module, device: torch.device) -> None:
     """Give rotary frequencies and the like, which stand in no checkpoint, their numbers.
 

@@ -48,7 +48,14 @@ from attention import current_row
 from data import Batch, Pair
 from files import INT, POSITIVE_FLOAT, POSITIVE_INT, SHARE, TEXT, InputError, print0, progress, refuse_model
 from kernels import linear_logps
-from models import OWN_ATTENTION, compute_buffers, logit_scale, position_limit, refuse_unsupported
+from models import (
+    OWN_ATTENTION,
+    compute_buffers,
+    is_mixture,
+    logit_scale,
+    position_limit,
+    refuse_unsupported,
+)
 from offload import OFFLOADS, HostAdamW, clip_grad_norm_
 
 Config = argparse.Namespace  # the flags, by name
@@ -436,7 +443,9 @@ def self_check(policy: Policy, folder: str, pairs: list[Pair], held_out: list[Pa
                 differences.append((logp - policy.plain_logp(pair.prefix, step)).abs() / len(step))
     worst = torch.stack(differences).max().item()  # NaN if one is
 
-    allowed = 1e-3 if config.dtype == "float32" else 0.1  # bf16 logits alone are off by 0.02-0.04
+    # bf16 logits alone are off by 0.02-0.04; and where two experts are nearly tied, rounding chooses between
+    # them: random mixtures differed by up to 0.16 where a dense model of that kind differed by 0.024.
+    allowed = 1e-3 if config.dtype == "float32" else 0.3 if is_mixture(policy.model) else 0.1
     if not worst <= allowed:
         raise InputError(f"{policy.name}: packed log-probabilities differ from plain ones by {worst:.2g} "
                          f"nats per token (allowed: {allowed:g}), so it cannot be trained here")
