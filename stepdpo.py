@@ -43,19 +43,12 @@ from tqdm import tqdm
 
 import data
 import files
+import models
 import storage
 from attention import current_row
 from data import Batch, Pair
 from files import INT, POSITIVE_FLOAT, POSITIVE_INT, SHARE, TEXT, InputError, print0, progress, refuse_model
 from kernels import linear_logps
-from models import (
-    OWN_ATTENTION,
-    compute_buffers,
-    is_mixture,
-    logit_scale,
-    position_limit,
-    refuse_unsupported,
-)
 from offload import OFFLOADS, HostAdamW, clip_grad_norm_
 
 Config = argparse.Namespace  # the flags, by name
@@ -112,8 +105,8 @@ class Policy(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        refuse_unsupported(model)
-        self.scale = logit_scale(model)
+        models.refuse_unsupported(model)
+        self.scale = models.logit_scale(model)
         model.set_output_embeddings(Head(model.get_output_embeddings()))
         self.model = model
         self.name = type(model).__name__
@@ -125,7 +118,7 @@ class Policy(nn.Module):
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False,
         ).last_hidden_state  # (1, L, D)
         if current_row.calls == 0:
-            refuse_model(self.name, OWN_ATTENTION)
+            refuse_model(self.name, models.OWN_ATTENTION)
 
         # Only the places that predict a trained token reach the head. It is called as a module, because FSDP
         # gathers a module's weight for the time of its forward.
@@ -422,7 +415,7 @@ def self_check(policy: Policy, folder: str, pairs: list[Pair], held_out: list[Pa
     four differs by more than rounding, and if the tokenizer is another model's.
     """
     # An index out of range is a device assert on CUDA, and no message.
-    embeddings, limit = policy.model.get_input_embeddings().num_embeddings, position_limit(policy.model)
+    embeddings, limit = policy.model.get_input_embeddings().num_embeddings, models.position_limit(policy.model)
     for pair in pairs + held_out:
         length = len(pair.prefix) + max(len(pair.chosen), len(pair.rejected))
         if length > limit:
@@ -445,7 +438,7 @@ def self_check(policy: Policy, folder: str, pairs: list[Pair], held_out: list[Pa
 
     # bf16 logits alone are off by 0.02-0.04; and where two experts are nearly tied, rounding chooses between
     # them: random mixtures differed by up to 0.16 where a dense model of that kind differed by 0.024.
-    allowed = 1e-3 if config.dtype == "float32" else 0.3 if is_mixture(policy.model) else 0.1
+    allowed = 1e-3 if config.dtype == "float32" else 0.3 if models.is_mixture(policy.model) else 0.1
     if not worst <= allowed:
         raise InputError(f"{policy.name}: packed log-probabilities differ from plain ones by {worst:.2g} "
                          f"nats per token (allowed: {allowed:g}), so it cannot be trained here")
@@ -503,12 +496,12 @@ def build(folder: str, config: Config) -> Policy:
                 hf_config, dtype=torch.float32, attn_implementation="segments", trust_remote_code=False)
     except Exception as error:  # whatever a configuration leads to
         if error.args == ("segments",):  # it looks its attention class up by that name
-            refuse_model(name, OWN_ATTENTION)
+            refuse_model(name, models.OWN_ATTENTION)
         refuse_model(name, f"transformers cannot build it from {folder}/config.json "
                            f"({type(error).__name__}: {' '.join(str(error).split())[:300]})")
     with storage.reading(folder):
         policy = Policy(model).eval()
-        compute_buffers(model, local_device())
+        models.compute_buffers(model, local_device())
         shard(policy, config)
         storage.load(policy, folder)
     return policy

@@ -5,7 +5,7 @@
     python bench/drift.py --epochs 2          # 94, as in README's first run
 
 The naive one has whole logits, one sequence at a time and every prefix twice. Printed are how far the losses
-are apart, step by step, how far the trained weights (norms), and what both models answer to held-out problems.
+are apart, step by step, how far the trained weights (norms), and what both answer to held-out problems.
 """
 
 import argparse
