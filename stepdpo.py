@@ -415,7 +415,8 @@ def self_check(policy: Policy, folder: str, pairs: list[Pair], held_out: list[Pa
     four differs by more than rounding, and if the tokenizer is another model's.
     """
     # An index out of range is a device assert on CUDA, and no message.
-    embeddings, limit = policy.model.get_input_embeddings().num_embeddings, models.position_limit(policy.model)
+    embeddings = policy.model.get_input_embeddings().num_embeddings
+    limit = models.position_limit(policy.model)
     for pair in pairs + held_out:
         length = len(pair.prefix) + max(len(pair.chosen), len(pair.rejected))
         if length > limit:
