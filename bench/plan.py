@@ -1,0 +1,398 @@
+#!/usr/bin/env python3
+"""Memory before money: what a run will hold on each GPU and host, how long it takes, and which flags make it fit.
+
+    python bench/plan.py --model Qwen/Qwen2-72B-Instruct --gpus 8
+    python bench/plan.py --model FOLDER --gpus 16 --gpus-per-node 8 --data pairs.jsonl --max-length 2048
+    python bench/plan.py --model config.json --gpus 8 --offload moments --trace      # the code itself, on fake tensors
+    python bench/plan.py --table                                # README's table of the paper's large models
+    python bench/plan.py --measure                              # the formula against real runs on this CPU
+
+It takes the trainer's flags, and needs neither GPU nor weights: a config.json is enough, and nothing but the name
+for the models of the table.
+
+The formula, in bytes on each GPU. N parameters, of which E are in the embedding, E in the head and P in a layer; s
+ranks share a copy of the model (all, or --shard-size); b = 2 bytes in bf16. Always there are the
+
+    weights      4 N / s   (in host memory with --offload all)
+    gradients    4 N / s   (..., gradients)
+    moments      8 N / s   (..., moments)
+
+and besides them the most that any of these moments needs, for FSDP2 gathers one group ahead (in backward), and
+keeps the fp32 input of one reduce-scatter until the next group is done:
+
+    in the head's backward     gathered 2 E b, next layer P b, tiles of the loss, kept
+    head's gradient reduced    E b, its fp32 copy 4 E, its shards 4 E / s, next layer P b, kept
+    in a layer's backward      gathered P b, next P b, the group before it in fp32 4 P (4 E after the head), kept, layer
+    a layer's gradient reduced P b, 4 P, 4 P / s, next P b, kept
+    in the embedding's, reduced: as the head's, with nothing kept
+    in the update              what visits from host memory: four numbers of two parameters' shards
+
+"kept": each layer's input (with activation checkpointing), or all that its backward needs. "layer": what one layer
+holds in its backward, recomputed activations and gradients. These two depend on the architecture, so one layer is
+run on fake tensors with the fullest row of the run, and its live tensors are counted.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import transformers
+from common import HERE, ROOT, SHAPES, qwen2
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import attention
+import data
+import files
+import kernels
+import stepdpo
+import storage
+from files import InputError
+
+MODELS = {  # their config.json, as far as sizes depend on it
+    "Qwen/Qwen2-7B-Instruct": {"model_type": "qwen2", **SHAPES["qwen2-7b"]},
+    "Qwen/Qwen1.5-32B-Chat": {"model_type": "qwen2", **qwen2(5120, 27392, 64, 40, 8, 152064, False)},
+    "Qwen/Qwen2-57B-A14B-Instruct": {
+        "model_type": "qwen2_moe", **qwen2(3584, 18944, 28, 28, 4, 151936, False), "num_experts": 64,
+        "num_experts_per_tok": 8, "moe_intermediate_size": 2560, "shared_expert_intermediate_size": 20480},
+    "meta-llama/Meta-Llama-3-70B-Instruct": {
+        "model_type": "llama", **qwen2(8192, 28672, 80, 64, 8, 128256, False)},
+    "Qwen/Qwen2-72B-Instruct": {"model_type": "qwen2", **qwen2(8192, 29568, 80, 64, 8, 152064, False)},
+}
+CARDS = {"80 GB": 85.0e9, "141 GB": 150.0e9}  # what H100/A100 and H200 have, in bytes
+CONTEXT, MARGIN = 2e9, 1.05  # taken for CUDA's context and NCCL's buffers; for holes between the allocations
+PEAK_FLOPS, LINK = 989e12, 25e9  # dense bf16 of H100 and H200; bytes per second of PCIe each way, for one GPU
+PAPER = dict(pairs=10_795, prefix=200, step=50)  # Math-Step-DPO-10K; lengths in tokens, where no --data is given
+HOST_PROCESS = 4e9  # host memory of a rank beside its tensors: Python, torch, CUDA
+
+
+# --------------------------------------------------------------------------------------------- counting memory
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all storages made while it is on: `now` and at most (`peak`), real ones or fake."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak = Counter(), Counter()  # by place: "gpu", and "host" for what was moved there
+        self.storages: dict[int, list] = {}  # address -> [place, bytes]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it calls us again with the local tensors
+        result = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
+                self._see(tensor.untyped_storage())
+        return result
+
+    def _see(self, stored: torch.UntypedStorage) -> None:
+        key = stored._cdata
+        if key not in self.storages:
+            self.storages[key] = ["gpu", 0]
+            weakref.finalize(stored, self._forget, key)
+            self._set(key, stored.nbytes())
+
+    def _set(self, key: int, size: int) -> None:
+        if key in self.storages:
+            place, before = self.storages[key]
+            self.storages[key][1] = size
+            self.now[place] += size - before
+            self.peak[place] = max(self.peak[place], self.now[place])
+
+    def _forget(self, key: int) -> None:
+        self._set(key, 0)
+        del self.storages[key]
+
+    def move(self, tensor: Tensor) -> None:
+        """From now on count it as in host memory."""
+        key = tensor.untyped_storage()._cdata
+        size = self.storages[key][1]
+        self._set(key, 0)
+        self.storages[key][0] = "host"
+        self._set(key, size)
+
+    def start_again(self) -> None:
+        self.peak = Counter(self.now)
+
+    def __enter__(self):
+        resize = torch.UntypedStorage.resize_
+
+        def resize_and_count(stored, size):  # FSDP frees gathered parameters so, which is no operator
+            resize(stored, size)
+            self._set(stored._cdata, size)
+
+        self._patch = mock.patch.object(torch.UntypedStorage, "resize_", resize_and_count)
+        self._patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self._patch.stop()
+
+
+@contextlib.contextmanager
+def fake_tensors(cuda: bool) -> Iterator[Live]:
+    """Tensors without memory, whose sizes are counted. They are on "cpu"; with `cuda` the code takes the ways
+    that it takes on CUDA all the same, as torch's CPU builds have no fake CUDA tensors."""
+    def flash(module, query, key, value, mask=None, *, scaling=None, sliding_window=None, **others):
+        attention.current_row.calls += 1
+        index = attention.current_row.segments.key_index
+        key, value = key.index_select(2, index), value.index_select(2, index)
+        return attention.flash_attention(query, key, value, scaling, sliding_window), None
+
+    patches = [(Tensor, "item", lambda self: 1.0), (Tensor, "tolist", lambda self: [1.0] * self.numel()),
+               (torch.cuda, "is_available", lambda: False),
+               # No decomposition of it, which would copy; and no search for targets, whose number is unknown.
+               (torch, "_fused_adamw_", lambda *args, **options: None),
+               (kernels, "_targets_within", lambda tile, targets, start: (targets[:0], targets[:0]))]
+    if cuda:
+        patches += [(kernels, "BLOCK_CPU", kernels.BLOCK), (kernels, "_operand", lambda x: x),
+                    (kernels, "_fold", lambda *args: None),
+                    (kernels, "_dtile", lambda tile, *args: torch.empty_like(tile, dtype=args[-1]))]
+    with contextlib.ExitStack() as stack:
+        for thing, name, replacement in patches:
+            stack.enter_context(mock.patch.object(thing, name, replacement))
+        if cuda:
+            transformers.AttentionInterface.register("segments", flash)
+            stack.callback(transformers.AttentionInterface.register, "segments", attention.segment_attention)
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield stack.enter_context(Live())
+
+
+# ------------------------------------------------------------------------------------------------- the formula
+
+
+class Shape(NamedTuple):
+    """What is known of a model by its configuration, in numbers of parameters."""
+
+    all: int       # N
+    active: int    # that a token meets, without embedding and head: of a mixture's experts a few
+    end: int       # E, of the embedding, and again of an untied head
+    layer: int     # P, of the largest layer
+    layers: int
+    tied: bool
+    hidden: int    # D
+    heads: int     # H d, of all heads together
+
+
+def read_config(name: str) -> transformers.PretrainedConfig:
+    """Of a model in the list above, a folder, a config.json or the hub. Raises InputError if there is none."""
+    if name in MODELS:
+        options = dict(MODELS[name])
+        return transformers.AutoConfig.for_model(
+            options.pop("model_type"), **options, architectures=None, max_position_embeddings=32768)
+    try:
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # whatever an odd file or the hub's client leads to
+        raise InputError(f"--model {name}: no config.json can be read there ({' '.join(str(error).split())[:200]}); "
+                         f"give a folder, a config.json, a hub name, or one of {', '.join(MODELS)}") from None
+
+
+def make(hf_config: transformers.PretrainedConfig, dtype: torch.dtype) -> tuple[nn.Module, nn.ModuleList]:
+    """The model and its decoder layers, of fake tensors or on the meta device."""
+    model = transformers.AutoModelForCausalLM.from_config(
+        hf_config, dtype=dtype, attn_implementation="segments", trust_remote_code=False)
+    lists = [module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList)]
+    return model.eval(), max(lists, key=len)
+
+
+def shape_of(hf_config: transformers.PretrainedConfig) -> Shape:
+    with torch.device("meta"):
+        model, layers = make(hf_config, torch.float32)
+    config = hf_config.get_text_config()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    end, tied = embedding.numel(), embedding is head
+    # All experts of a layer are in one tensor (experts, rows, columns), and a token meets some of them.
+    experts = sum(parameter.numel() for parameter in layers.parameters() if parameter.dim() == 3)
+    of = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 1
+    idle = experts - experts * (getattr(config, "num_experts_per_tok", None) or 1) // of
+    sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Shape(count, count - end * (1 if tied else 2) - idle, end, max(sizes), len(layers), tied,
+                 config.hidden_size, config.num_attention_heads * head_size)
+
+
+def count_layer(hf_config: transformers.PretrainedConfig, row: list[data.Pair], config: stepdpo.Config,
+                cuda: bool) -> tuple[int, int]:
+    """(bytes that one layer keeps from its forward, most bytes in its backward, those and its weights'
+    gradients included), for a row of pairs. The layer's output belongs to what comes after it."""
+    calls = []
+    with fake_tensors(cuda) as live:
+        model, layers = make(hf_config, getattr(torch, config.dtype))
+        del layers[1:]
+        batch = data.pack(row, config.share_prefix)
+        attention.current_row.name, attention.current_row.segments = type(model).__name__, batch.segments
+        layers[0].register_forward_pre_hook(lambda *call: calls.append(call[1:]), with_kwargs=True)
+        with torch.no_grad():
+            model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+        (hidden, *others), options = calls.pop()
+        hidden = torch.empty_like(hidden, requires_grad=True)
+
+        before = live.now["gpu"]
+        output = layers[0](hidden.clone(), *others, **options)
+        output = output[0] if isinstance(output, tuple) else output
+        before += output.nbytes
+        calls.clear()
+        kept = live.now["gpu"] - before
+        live.start_again()
+        output.backward(torch.empty_like(output))
+        return kept, live.peak["gpu"] - before
+
+
+class Work(NamedTuple):
+    """What a run does."""
+
+    steps: int         # optimizer steps
+    tokens: int        # in all of an epoch's rows
+    trained: int       # of them those that the head meets
+    scores: int        # query-key pairs of an epoch
+    micro_batches: int  # per optimizer step, the most
+    fullest: list      # pairs of the fullest row of a rank
+
+
+def work_of(pairs: Sequence[data.Pair], ranks: int, config: stepdpo.Config) -> Work:
+    """Tokens of an epoch, and the fullest row of all optimizer steps."""
+    share = config.share_prefix
+    per_epoch = data.steps_per_epoch(len(pairs), config.batch_size)
+    steps = min(config.epochs * per_epoch, config.max_steps or config.epochs * per_epoch)
+    fullest, most, micro_batches = 0, [], 0
+    # Without --data all pairs are equal, and so are all steps.
+    for step in range(min(steps, per_epoch) if len({id(pair) for pair in pairs}) > 1 else 1):
+        chosen = [pairs[i] for i in data.indices_of_step(step, len(pairs), config.batch_size, config.seed)]
+        plan = data.split([pair.tokens(share) for pair in chosen], ranks, config.tokens_per_micro_batch)
+        micro_batches = max(micro_batches, len(plan))
+        for own in itertools.chain(*plan):
+            row = [chosen[i] for i in own]
+            tokens = sum(pair.tokens(share) for pair in row)
+            if tokens > fullest:
+                fullest, most = tokens, row
+    scores = 0
+    for pair in pairs:
+        prefix = len(pair.prefix)
+        scores += prefix**2 // 2 * (1 if share else 2)
+        scores += sum(prefix * len(step) + len(step)**2 // 2 for step in (pair.chosen, pair.rejected))
+    return Work(steps, sum(pair.tokens(share) for pair in pairs),
+                sum(len(pair.chosen) + len(pair.rejected) for pair in pairs), scores, micro_batches, most)
+
+
+def predict(shape: Shape, layer: tuple[int, int], work: Work, ranks: int, config: stepdpo.Config,
+            cuda: bool = True) -> dict[str, dict[str, float]]:
+    """moment -> what a GPU holds then -> bytes; and "host" -> what a rank has in host memory.
+
+    `layer` as `count_layer` counts it.
+    """
+    s = config.shard_size or ranks
+    b, offload = getattr(torch, config.dtype).itemsize, config.offload
+    N, E, P = shape.all, shape.end, shape.layer
+    kept_of_layer, in_backward = layer
+    row = sum(pair.tokens(config.share_prefix) for pair in work.fullest)  # L
+    trained = sum(len(pair.chosen) + len(pair.rejected) for pair in work.fullest)  # T
+    ahead = b if s > 1 else 0  # a rank alone gathers nothing ahead: it copies a group when that runs
+
+    states = {"weights": (4 * N / s, offload == "all"), "moments": (8 * N / s, offload is not None),
+              "gradients": (4 * N / s, offload in ("gradients", "all"))}
+    on_gpu = {name: size for name, (size, is_away) in states.items() if not is_away}
+    on_host = {name: size for name, (size, is_away) in states.items() if is_away}
+
+    one = row * shape.hidden * b if config.activation_checkpointing else kept_of_layer
+    recomputed = in_backward - (0 if config.activation_checkpointing else kept_of_layer)
+    end = row * shape.hidden * (4 + b)  # the last norm keeps its input in fp32, and what it makes of it
+    kept = {"kept for backward": shape.layers * one + end}
+    tiles = {"tiles of the loss": trained * ((kernels.BLOCK if cuda else kernels.BLOCK_CPU)
+                                             * (4 + (b if cuda else 0)) + 2 * 4 * shape.hidden)}
+    # The gradients of one micro-batch come one by one; of later ones they are there, and wait for more.
+    there = on_gpu.get("gradients", 0)
+    early = there if work.micro_batches > 1 else 0
+    base = {name: size for name, size in on_gpu.items() if name != "gradients"}
+    reduced = 4 / s  # the shards of a group's gradients, before they are added to those of other micro-batches
+
+    tied = E if shape.tied else 0  # in the root's group: gathered all the time, its gradient whole till the end
+    head = {"embedding and head": 2 * E * b} if shape.tied else {"embedding and head": E * b * 2}
+    moments = {
+        "in the head's backward": {
+            **base, "gradients": early, **kept, **tiles, **head, "gathered layers": P * ahead},
+        "in the last layer's backward": {
+            **base, "gradients": early, **kept, "layer in backward": recomputed,
+            "gathered layers": P * (b + ahead),
+            "embedding and head": tied * 2 * b, "reduce-scatter": 0 if tied else 4 * E},
+        "in another layer's backward": {
+            **base, "gradients": early, "kept for backward": (shape.layers - 1) * one,
+            "layer in backward": recomputed, "gathered layers": P * (b + ahead),
+            "embedding and head": tied * 2 * b, "reduce-scatter": 4 * P},
+        "in the first layer's backward": {
+            **base, "gradients": there, "kept for backward": one, "layer in backward": recomputed,
+            "gathered layers": P * b, "embedding and head": tied * 2 * b or E * ahead,
+            "reduce-scatter": 4 * P},
+        "in the embedding's backward": {
+            **base, "gradients": there, "embedding and head": (3 if tied else 2) * E * b, "reduce-scatter": 4 * P},
+        "when the embedding's gradient is reduced": {
+            **base, "gradients": there, "embedding and head": E * b, "reduce-scatter": E * (4 + reduced)},
+    }
+    if not tied:
+        moments["when the head's gradient is reduced"] = {
+            **base, "gradients": early, **kept, "embedding and head": E * b, "gathered layers": P * ahead,
+            "reduce-scatter": E * (4 + reduced)}
+    if offload:
+        visiting = {"moments": 2, "gradients": 3, "all": 4}[offload]  # numbers per parameter
+        moments["in the update"] = {**base, "gradients": there, "visitors": 2 * visiting * 4 * E / s}
+    return {**moments, "host": on_host}
+
+
+# --------------------------------------------------------------------------------------------------- the trace
+
+
+def train_steps(policy: nn.Module, pairs: Sequence[data.Pair], config: stepdpo.Config, live: Live,
+                steps: int) -> None:
+    """The optimizer steps of stepdpo.train, with what they hold in host memory counted there."""
+    AdamW = stepdpo.HostAdamW if config.offload else torch.optim.AdamW
+    optimizer = AdamW(policy.parameters(), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
+    if config.offload == "gradients":
+        optimizer.take_gradients()
+    for parameter in policy.parameters():
+        for name in ("exp_avg", "exp_avg_sq") if config.offload else ():
+            live.move(optimizer.state[parameter][name])
+        if config.offload == "gradients":
+            live.move(optimizer.gradients[parameter])
+        if config.offload == "all":
+            live.move(parameter.to_local())
+            parameter.register_post_accumulate_grad_hook(lambda it: live.move(it.grad.to_local()))
+    reference = torch.zeros(2, len(pairs))
+    for step in range(steps):
+        live.start_again()
+        indices = data.indices_of_step(step, len(pairs), config.batch_size, config.seed)
+        stepdpo.train_step(step, policy, optimizer, pairs, indices, reference, config)
+
+
+def trace(hf_config: transformers.PretrainedConfig, pairs: Sequence[data.Pair], ranks: int,
+          config: stepdpo.Config) -> Counter:
+    """The most bytes in each place, "gpu" and "host", of rank 0 in its second optimizer step: the trainer's own
+    code, on fake tensors and a process group that sends nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        mesh = stepdpo.mesh_of_ranks(config.shard_size)
+        with tempfile.TemporaryDirectory() as folder, fake_tensors(cuda=True) as live, \
+                mock.patch.object(stepdpo, "mesh_of_ranks", lambda size: mesh), \
+                mock.patch.object(storage, "load", lambda policy, folder: None):
+            hf_config.save_pretrained(folder)
+            train_steps(stepdpo.build(folder, config), pairs, config, live, steps=2)
+            return live.peak
+    finally:
+        dist.destroy_process_group()
