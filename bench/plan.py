@@ -330,8 +330,8 @@ def predict(shape: Shape, layer: tuple[int, int], work: Work, ranks: int, config
         "in the head's backward": {
             **base, "gradients": early, **kept, **tiles, **head, "gathered layers": P * ahead},
         "in the last layer's backward": {
-            **base, "gradients": early, **kept, "layer in backward": recomputed,
-            "gathered layers": P * (b + ahead),
+            **base, "gradients": early, "kept for backward": shape.layers * one,
+            "layer in backward": recomputed, "gathered layers": P * (b + ahead),
             "embedding and head": tied * 2 * b, "reduce-scatter": 0 if tied else 4 * E},
         "in another layer's backward": {
             **base, "gradients": early, "kept for backward": (shape.layers - 1) * one,
@@ -342,7 +342,7 @@ def predict(shape: Shape, layer: tuple[int, int], work: Work, ranks: int, config
             "gathered layers": P * b, "embedding and head": tied * 2 * b or E * ahead,
             "reduce-scatter": 4 * P},
         "in the embedding's backward": {
-            **base, "gradients": there, "embedding and head": (3 if tied else 2) * E * b, "reduce-scatter": 4 * P},
+            **base, "gradients": there, "embedding and head": (4 if tied else 2) * E * b, "reduce-scatter": 4 * P},
         "when the embedding's gradient is reduced": {
             **base, "gradients": there, "embedding and head": E * b, "reduce-scatter": E * (4 + reduced)},
     }
@@ -396,3 +396,74 @@ def trace(hf_config: transformers.PretrainedConfig, pairs: Sequence[data.Pair], 
             return live.peak
     finally:
         dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------- the formula against real runs
+
+MEASURED = {  # small models of different shapes
+    "qwen2, untied": {"model_type": "qwen2", **qwen2(256, 1024, 4, 4, 2, 32000, False)},
+    "qwen2, tied": {"model_type": "qwen2", **qwen2(512, 1536, 6, 8, 2, 150000, True)},
+    "llama, untied": {"model_type": "llama", **qwen2(1024, 2816, 4, 8, 8, 50000, False)},
+}
+SETTINGS = ("", "--activation-checkpointing --offload moments",
+            "--no-share-prefix --tokens-per-micro-batch 2048 --offload gradients",
+            "--activation-checkpointing --tokens-per-micro-batch 512 --offload all")
+
+
+def run_counted(argv: Sequence[str]) -> None:
+    """The trainer with these flags, to its end. Prints the most bytes of tensors in an optimizer step."""
+    live, peaks, train_step = Live(), [], stepdpo.train_step
+
+    def counted_step(*args):
+        live.start_again()
+        metrics = train_step(*args)
+        peaks.append(sum(live.peak.values()))
+        return metrics
+
+    with mock.patch.object(stepdpo, "train_step", counted_step), live, \
+            mock.patch.object(storage, "export", lambda *args: None):
+        stepdpo.train(stepdpo.parse(argv))
+    print(max(peaks))
+
+
+def measure(models: Sequence[str] = tuple(MEASURED), settings: Sequence[str] = SETTINGS) -> list[dict[str, Any]]:
+    """Predicted and measured bytes of small random models, in one process without a GPU."""
+    rows = []
+    for name in models:
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as out:
+            options = dict(MEASURED[name])
+            hf_config = transformers.AutoConfig.for_model(options.pop("model_type"), **options)
+            transformers.AutoModelForCausalLM.from_config(hf_config).save_pretrained(folder)
+            data.read_tokenizer(f"{ROOT}/demo/model").save_pretrained(folder)
+            with open(f"{ROOT}/demo/pairs.jsonl") as file, open(f"{out}/pairs.jsonl", "w") as some:
+                some.writelines(itertools.islice(file, 32))
+            for number, setting in enumerate(settings):
+                argv = ["--model", folder, "--data", f"{out}/pairs.jsonl", "--output-dir", f"{out}/{number}",
+                        "--instruction", "", "--batch-size", "32", "--max-steps", "2", *setting.split()]
+                run = subprocess.run([sys.executable, __file__, "--counted", *argv], text=True, capture_output=True,
+                                     env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "STEPDPO_CACHE": folder})
+                if run.returncode:
+                    raise InputError(f"{name}, {setting or 'defaults'}: {run.stderr.strip().splitlines()[-1]}")
+                measured = int(run.stdout.split()[-1])
+
+                config = stepdpo.parse(argv)
+                with contextlib.redirect_stdout(None):
+                    pairs, _ = stepdpo.read_pairs(data.read_tokenizer(folder), config)
+                config = stepdpo.fill_budget(config, pairs)
+                work = work_of(pairs, 1, config)
+                moments = predict(shape_of(hf_config), count_layer(hf_config, work.fullest, config, cuda=False), work,
+                                  1, config, cuda=False)
+                host = sum(moments.pop("host").values())
+                when = max(moments, key=lambda moment: sum(moments[moment].values()))
+                rows.append({"model": name, "flags": setting, "measured": measured, "when": when,
+                             "predicted": sum(moments[when].values()) + host})
+                print(f"{name:15} {setting:80} {measured / 1e6:8,.1f} MB measured, {rows[-1]['predicted'] / 1e6:8,.1f} "
+                      f"predicted ({rows[-1]['predicted'] / measured - 1:+.1%}), {when}", flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--counted"]:
+        run_counted(sys.argv[2:])
+    else:
+        measure()
