@@ -51,7 +51,7 @@ import torch.distributed as dist
 import transformers
 from common import HERE, ROOT, SHAPES, qwen2
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import _pytree as pytree
@@ -86,10 +86,11 @@ HOST_PROCESS = 4e9  # host memory of a rank beside its tensors: Python, torch, C
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of all storages made while it is on: `now` and at most (`peak`), real ones or fake."""
+    """Counts the bytes of all storages made while it is on: `now`, and at most (`peak`); real ones, or fake."""
 
-    def __init__(self):
+    def __init__(self, fake: bool = False):
         super().__init__()
+        self.fake = fake
         self.now, self.peak = Counter(), Counter()  # by place: "gpu", and "host" for what was moved there
         self.storages: dict[int, list] = {}  # address -> [place, bytes]
 
@@ -98,7 +99,8 @@ class Live(TorchDispatchMode):
             return NotImplemented  # it calls us again with the local tensors
         result = func(*args, **(kwargs or {}))
         for tensor in pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
+            # DTensor asks about shapes by fake tensors, in real runs too.
+            if isinstance(tensor, Tensor) and isinstance(tensor, FakeTensor) == self.fake:
                 self._see(tensor.untyped_storage())
         return result
 
@@ -173,7 +175,7 @@ def fake_tensors(cuda: bool) -> Iterator[Live]:
             transformers.AttentionInterface.register("segments", flash)
             stack.callback(transformers.AttentionInterface.register, "segments", attention.segment_attention)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        yield stack.enter_context(Live())
+        yield stack.enter_context(Live(fake=True))
 
 
 # ------------------------------------------------------------------------------------------------- the formula
@@ -344,13 +346,13 @@ def predict(shape: Shape, layer: tuple[int, int], work: Work, ranks: int, config
         "in the embedding's backward": {
             **base, "gradients": there, "embedding and head": (4 if tied else 2) * E * b, "reduce-scatter": 4 * P},
         "when the embedding's gradient is reduced": {
-            **base, "gradients": there, "embedding and head": E * b, "reduce-scatter": E * (4 + reduced)},
+            **base, "gradients": there, "embedding and head": E * ahead, "reduce-scatter": E * (4 + reduced)},
     }
     if not tied:
         moments["when the head's gradient is reduced"] = {
-            **base, "gradients": early, **kept, "embedding and head": E * b, "gathered layers": P * ahead,
+            **base, "gradients": early, **kept, "embedding and head": E * ahead, "gathered layers": P * ahead,
             "reduce-scatter": E * (4 + reduced)}
-    if offload:
+    if offload and cuda:
         visiting = {"moments": 2, "gradients": 3, "all": 4}[offload]  # numbers per parameter
         moments["in the update"] = {**base, "gradients": there, "visitors": 2 * visiting * 4 * E / s}
     return {**moments, "host": on_host}
@@ -382,13 +384,13 @@ def train_steps(policy: nn.Module, pairs: Sequence[data.Pair], config: stepdpo.C
 
 
 def trace(hf_config: transformers.PretrainedConfig, pairs: Sequence[data.Pair], ranks: int,
-          config: stepdpo.Config) -> Counter:
+          config: stepdpo.Config, cuda: bool = True) -> Counter:
     """The most bytes in each place, "gpu" and "host", of rank 0 in its second optimizer step: the trainer's own
     code, on fake tensors and a process group that sends nothing."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         mesh = stepdpo.mesh_of_ranks(config.shard_size)
-        with tempfile.TemporaryDirectory() as folder, fake_tensors(cuda=True) as live, \
+        with tempfile.TemporaryDirectory() as folder, fake_tensors(cuda) as live, \
                 mock.patch.object(stepdpo, "mesh_of_ranks", lambda size: mesh), \
                 mock.patch.object(storage, "load", lambda policy, folder: None):
             hf_config.save_pretrained(folder)
@@ -441,7 +443,7 @@ def measure(models: Sequence[str] = tuple(MEASURED), settings: Sequence[str] = S
                 argv = ["--model", folder, "--data", f"{out}/pairs.jsonl", "--output-dir", f"{out}/{number}",
                         "--instruction", "", "--batch-size", "32", "--max-steps", "2", *setting.split()]
                 run = subprocess.run([sys.executable, __file__, "--counted", *argv], text=True, capture_output=True,
-                                     env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "STEPDPO_CACHE": folder})
+                                     env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "STEPDPO_CACHE": folder})
                 if run.returncode:
                     raise InputError(f"{name}, {setting or 'defaults'}: {run.stderr.strip().splitlines()[-1]}")
                 measured = int(run.stdout.split()[-1])
