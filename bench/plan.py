@@ -64,6 +64,7 @@ import kernels
 import stepdpo
 import storage
 from files import InputError
+from offload import OFFLOADS
 
 MODELS = {  # their config.json, as far as sizes depend on it
     "Qwen/Qwen2-7B-Instruct": {"model_type": "qwen2", **SHAPES["qwen2-7b"]},
@@ -79,6 +80,7 @@ CARDS = {"80 GB": 85.0e9, "141 GB": 150.0e9}  # what H100/A100 and H200 have, in
 CONTEXT, MARGIN = 2e9, 1.05  # taken for CUDA's context and NCCL's buffers; for holes between the allocations
 PEAK_FLOPS, LINK = 989e12, 25e9  # dense bf16 of H100 and H200; bytes per second of PCIe each way, for one GPU
 PAPER = dict(pairs=10_795, prefix=200, step=50)  # Math-Step-DPO-10K; lengths in tokens, where no --data is given
+UTILISATION = 0.4  # of PEAK_FLOPS
 HOST_PROCESS = 4e9  # host memory of a rank beside its tensors: Python, torch, CUDA
 
 
@@ -400,6 +402,167 @@ def trace(hf_config: transformers.PretrainedConfig, pairs: Sequence[data.Pair], 
         dist.destroy_process_group()
 
 
+# ------------------------------------------------------------------------------------ from a command to a plan
+
+
+class Plan(NamedTuple):
+    """What is known of a run before it."""
+
+    config: stepdpo.Config
+    work: Work
+    moments: dict[str, dict[str, float]]  # what a GPU holds, as `predict` gives it
+    host: float                           # bytes of tensors that a rank has in host memory
+
+    @property
+    def peak(self) -> str:
+        """The moment in which a GPU holds the most."""
+        return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.moments[self.peak].values())
+
+    def fits(self, card: str) -> bool:
+        return self.bytes * MARGIN + CONTEXT <= CARDS[card]
+
+
+class Planner:
+    """A model, pairs and ranks, for which plans with other flags are made; what they have in common, once."""
+
+    def __init__(self, hf_config: transformers.PretrainedConfig, pairs: Sequence[data.Pair], ranks: int,
+                 cuda: bool = True):
+        self.hf_config, self.pairs, self.ranks, self.cuda = hf_config, pairs, ranks, cuda
+        self.shape = shape_of(hf_config)
+        self.layers: dict[tuple, tuple[int, int]] = {}
+
+    def plan(self, config: stepdpo.Config) -> Plan:
+        if self.ranks % (config.shard_size or 1):
+            raise InputError(f"--shard-size {config.shard_size}: must divide --gpus {self.ranks}")
+        device = torch.device("cuda" if self.cuda else "cpu")
+        with mock.patch.object(stepdpo, "local_device", lambda: device):
+            config = stepdpo.fill_budget(config, self.pairs)
+        work = work_of(self.pairs, self.ranks, config)
+        key = (config.dtype, config.share_prefix, *(len(part) for pair in work.fullest for part in pair[:3]))
+        if key not in self.layers:
+            self.layers[key] = count_layer(self.hf_config, work.fullest, config, self.cuda)
+        moments = predict(self.shape, self.layers[key], work, self.ranks, config, self.cuda)
+        return Plan(config, work, moments, sum(moments.pop("host").values()))
+
+
+def advise(planner: Planner, argv: Sequence[str], per_node: int, card: str) -> tuple[list[str], Plan] | None:
+    """The first flags, of those that cost little to those that cost much, with which a run fits a card."""
+    settings = [["--no-activation-checkpointing"], ["--activation-checkpointing"]]
+    settings += [["--activation-checkpointing", "--offload", offload] for offload in OFFLOADS]
+    budgets = [["--tokens-per-micro-batch", str(2**power)] for power in range(13, 8, -1)]
+    settings += [settings[-1] + budget for budget in budgets]
+    # One copy of the model in each node, where it fits there: then only sums of gradients leave a node.
+    shards = [["--shard-size", str(per_node)]] if per_node < planner.ranks else []
+    for setting, shard in itertools.product(settings, [*shards, []]):
+        try:
+            plan = planner.plan(parse([*argv, *setting, *shard]))
+        except InputError:  # a pair that is longer than the budget
+            continue
+        if plan.fits(card):
+            return [word for word in [*setting, *shard] if word != "--activation-checkpointing"], plan
+    return None
+
+
+def parse(argv: Sequence[str]) -> stepdpo.Config:
+    """The trainer's flags, with the defaults that they have on a GPU."""
+    needed = ["--model", "-", "--data", "-", "--output-dir", "-"]
+    return stepdpo.parse([*needed, "--dtype", "bfloat16", "--activation-checkpointing", *argv])
+
+
+def pairs_of(config: stepdpo.Config) -> list[data.Pair]:
+    """The pairs of --data; without it as many as the paper has, all of one length."""
+    if config.data != ["-"]:
+        with contextlib.redirect_stdout(None):
+            return stepdpo.read_pairs(data.read_tokenizer(config.model), config)[0]
+    step = [0] * PAPER["step"]
+    return [data.Pair([0] * PAPER["prefix"], step, step, "an average pair")] * PAPER["pairs"]
+
+
+def seconds_of(planner: Planner, plan: Plan, utilisation: float) -> tuple[float, float, float]:
+    """(FLOPs of an optimizer step, seconds of it, seconds of the whole run). FLOPs are those that are done,
+    recomputed ones too; what --offload moves is not taken to overlap with them."""
+    shape, work, config = planner.shape, plan.work, plan.config
+    steps_per_epoch = data.steps_per_epoch(len(planner.pairs), config.batch_size)
+    forward = 2 * shape.active * work.tokens + 4 * shape.heads * shape.layers * work.scores
+    passes = 4 if config.activation_checkpointing else 3  # a backward is two forwards
+    epoch = passes * forward + 8 * shape.end * work.trained
+    reference = forward + 2 * shape.end * work.trained
+
+    m, moved = work.micro_batches, 4 * shape.all / (config.shard_size or planner.ranks)
+    up = {None: 0, "moments": 2, "gradients": 2 + m, "all": 2 * m + 4}[config.offload]
+    down = {None: 0, "moments": 2, "gradients": 2 + m, "all": m + 3}[config.offload]
+    rate = planner.ranks * PEAK_FLOPS * utilisation
+    step = epoch / steps_per_epoch / rate + max(up, down) * moved / LINK
+    return epoch / steps_per_epoch, step, work.steps * step + reference / rate
+
+
+def host_of(planner: Planner, offload: str | None, per_node: int, config: stepdpo.Config) -> float:
+    """Bytes of one host: what all its ranks have there, and the processes themselves."""
+    numbers = {None: 0, "moments": 8, "gradients": 12, "all": 16}[offload]
+    return per_node * (numbers * planner.shape.all / (config.shard_size or planner.ranks) + HOST_PROCESS)
+
+
+def report(planner: Planner, argv: Sequence[str], per_node: int, utilisation: float, traced: bool) -> None:
+    """Print what a run with these flags takes, and which flags to use."""
+    plan = planner.plan(parse(argv))
+    config, work, shape = plan.config, plan.work, planner.shape
+    pairs = planner.pairs
+    tokens = work.tokens / len(pairs)
+    assumed = "" if config.data != ["-"] else (
+        f" (assumed, as there is no --data: {PAPER['prefix']} + 2 x {PAPER['step']} tokens)")
+    row = sum(pair.tokens(config.share_prefix) for pair in work.fullest)
+    flops, step, run = seconds_of(planner, plan, utilisation)
+
+    print(f"model       {config.model}: {shape.all / 1e9:.2f}B parameters in {shape.layers} layers, a token meets "
+          f"{(shape.active + shape.end) / 1e9:.2f}B")
+    print(f"run         {planner.ranks} GPUs, {work.steps} optimizer steps of {config.batch_size} pairs, {tokens:.0f} "
+          f"tokens each{assumed}; {work.micro_batches} micro-batches of at most {row:,} tokens")
+    print(f"one GPU     {plan.bytes / 1e9:.1f} GB at most, {plan.peak}:")
+    for name, size in sorted(plan.moments[plan.peak].items(), key=lambda item: -item[1]):
+        if size:
+            print(f"            {size / 1e9:6.1f}  {name}")
+    hosts = [f"{host_of(planner, offload, per_node, config) / 1e9:,.0f} GB"
+             + (f" with --offload {offload}" if offload else "") for offload in (None, *OFFLOADS)]
+    print(f"one host    {', '.join(hosts)}")
+    print(f"time        {flops / 1e15:,.1f} PFLOP and {step:.1f} s for an optimizer step at {utilisation:.0%} of "
+          f"{PEAK_FLOPS / 1e12:.0f} TFLOP/s; {run / 3600:.1f} hours in all")
+    for card in CARDS:
+        advice = advise(planner, argv, per_node, card)
+        words = "fits as it is" if plan.fits(card) else "does not fit as it is"
+        if advice:
+            flags = " ".join(advice[0]) or "no flags for memory"
+            words += f"; best with {flags}: {advice[1].bytes / 1e9:.1f} GB"
+        else:
+            words += ", nor with any flags: more GPUs are needed"
+        print(f"{card:12}{words}")
+    if traced:
+        peak = trace(planner.hf_config, pairs, planner.ranks, config)
+        print(f"traced      {peak['gpu'] / 1e9:.1f} GB on the GPU ({plan.bytes / peak['gpu'] - 1:+.1%} is the formula "
+              f"off), {peak['host'] / 1e9:.1f} GB in host memory")
+
+
+def table() -> str:
+    """README's rows: the paper's large models on one node of eight GPUs."""
+    lines = ["| model | cards | flags | GB per GPU | GB per host | hours |", "|---|---|---|---|---|---|"]
+    for name in MODELS:
+        argv = ["--model", name]
+        planner = Planner(read_config(name), pairs_of(parse(argv)), 8)
+        # As in the paper: half the epochs above 30B.
+        argv += ["--epochs", "4"] if planner.shape.all > 30e9 else []
+        for card in CARDS:
+            flags, plan = advise(planner, argv, 8, card)
+            _, _, run = seconds_of(planner, plan, UTILISATION)
+            host = host_of(planner, plan.config.offload, 8, plan.config)
+            flags = f"`{' '.join(flags)}`" if flags else "none"
+            lines.append(f"| {name.split('/')[1]} | 8 x {card} | {flags} | {plan.bytes / 1e9:.0f} | "
+                         f"{host / 1e9:,.0f} | {run / 3600:.1f} |")
+    return "\n".join(lines)
+
+
 # ------------------------------------------------------------------------------- the formula against real runs
 
 MEASURED = {  # small models of different shapes
@@ -449,23 +612,45 @@ def measure(models: Sequence[str] = tuple(MEASURED), settings: Sequence[str] = S
                 measured = int(run.stdout.split()[-1])
 
                 config = stepdpo.parse(argv)
-                with contextlib.redirect_stdout(None):
-                    pairs, _ = stepdpo.read_pairs(data.read_tokenizer(folder), config)
-                config = stepdpo.fill_budget(config, pairs)
-                work = work_of(pairs, 1, config)
-                moments = predict(shape_of(hf_config), count_layer(hf_config, work.fullest, config, cuda=False), work,
-                                  1, config, cuda=False)
-                host = sum(moments.pop("host").values())
-                when = max(moments, key=lambda moment: sum(moments[moment].values()))
-                rows.append({"model": name, "flags": setting, "measured": measured, "when": when,
-                             "predicted": sum(moments[when].values()) + host})
-                print(f"{name:15} {setting:80} {measured / 1e6:8,.1f} MB measured, {rows[-1]['predicted'] / 1e6:8,.1f} "
-                      f"predicted ({rows[-1]['predicted'] / measured - 1:+.1%}), {when}", flush=True)
+                plan = Planner(hf_config, pairs_of(config), 1, cuda=False).plan(config)
+                predicted = plan.bytes + plan.host
+                rows.append({"model": name, "flags": setting, "measured": measured, "predicted": predicted})
+                print(f"{name:14} {setting:78} {measured / 1e6:7,.1f} MB measured, {predicted / 1e6:7,.1f} "
+                      f"predicted ({predicted / measured - 1:+.1%})", flush=True)
     return rows
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--counted"]:
-        run_counted(sys.argv[2:])
-    else:
+# ------------------------------------------------------------------------------------------------------- flags
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--counted"]:  # a child of `measure`
+        return run_counted(sys.argv[2:])
+    share = files.checked(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
+    parser = files.Parser("bench/plan.py", description=__doc__, epilog="All other flags are the trainer's.")
+    add = parser.add_argument
+    add("--model", type=files.TEXT, help="a folder, a config.json or a hub name")
+    add("--gpus", type=files.POSITIVE_INT, default=8, help="of all nodes together [8]")
+    add("--gpus-per-node", type=files.POSITIVE_INT, help="[8, or all if there are fewer]")
+    add("--utilisation", type=share, default=UTILISATION, help=f"share of a GPU's peak [{UTILISATION}]")
+    add("--trace", action="store_true", help="let the trainer's own code run on fake tensors too")
+    add("--table", action="store_true", help="print README's table instead")
+    add("--measure", action="store_true", help="compare with real runs on this CPU instead")
+    args, others = parser.parse_known_args(files.expand(sys.argv[1:]))
+    if args.table:
+        return print(table())
+    if args.measure:
         measure()
+        return None
+    if not args.model:
+        parser.error(f"--model is needed: a folder, a config.json, a hub name, or one of {', '.join(MODELS)}")
+    per_node = args.gpus_per_node or min(8, args.gpus)
+    if args.gpus % per_node:
+        parser.error(f"--gpus-per-node {per_node}: must divide --gpus {args.gpus}")
+    argv = ["--model", args.model, *others]
+    planner = Planner(read_config(args.model), pairs_of(parse(argv)), args.gpus)
+    report(planner, argv, per_node, args.utilisation, args.trace)
+
+
+if __name__ == "__main__":
+    files.run_command("bench/plan.py", main)
