@@ -1,41 +1,37 @@
 #!/usr/bin/env python3
-"""Memory before money: what a run will hold on each GPU and host, how long it takes, and which flags make it fit.
+"""Memory before money: what a run holds on each GPU and host, how long it takes, and which flags make it fit.
 
     python bench/plan.py --model Qwen/Qwen2-72B-Instruct --gpus 8
     python bench/plan.py --model FOLDER --gpus 16 --gpus-per-node 8 --data pairs.jsonl --max-length 2048
-    python bench/plan.py --model config.json --gpus 8 --offload moments --trace      # the code itself, on fake tensors
-    python bench/plan.py --table                                # README's table of the paper's large models
-    python bench/plan.py --measure                              # the formula against real runs on this CPU
+    python bench/plan.py --model config.json --offload moments --trace   # the trainer itself, on fake tensors
+    python bench/plan.py --table                           # README's table of the paper's large models
+    python bench/plan.py --measure                         # predictions and real runs, on this CPU
 
-It takes the trainer's flags, and needs neither GPU nor weights: a config.json is enough, and nothing but the name
-for the models of the table.
+It takes the trainer's flags, and needs neither a GPU nor weights: a config.json is enough, and of the models
+in the table their name. Bytes on one GPU, where s ranks share a copy of the model (all, or --shard-size) of N
+parameters, E in the embedding, E in the head and P in a layer, and b = 2 in bf16:
 
-The formula, in bytes on each GPU. N parameters, of which E are in the embedding, E in the head and P in a layer; s
-ranks share a copy of the model (all, or --shard-size); b = 2 bytes in bf16. Always there are the
+    always                        weights 4 N / s, gradients 4 N / s, moments 8 N / s (less what is offloaded)
+    and the most of
+      in the head's backward      head and its gradient 2 E b, next layer P b, tiles of the loss, kept
+      as that is reduced          gradient E b, in fp32 4 E, its shards 4 E / s, next layer P b, kept
+      in a layer's backward       the layer and the next 2 P b, the gradient before 4 P or 4 E, kept, layer
+      in the embedding's          it and its gradient 2 E b, the gradient before 4 P
+      as that is reduced          as the head's, with nothing kept
+      in the update               visitors from host memory: all numbers of two parameters' shards
 
-    weights      4 N / s   (in host memory with --offload all)
-    gradients    4 N / s   (..., gradients)
-    moments      8 N / s   (..., moments)
+"next": FSDP2 gathers one group ahead in backward. "The gradient before": it keeps the fp32 input of the last
+reduce-scatter until the next begins. A tied embedding is gathered all the time, and so is its gradient.
+"kept" is each layer's input, or without activation checkpointing all that its backward needs; "layer" is what
+a layer holds in its backward, recomputed activations and gradients. Both depend on the architecture: one layer
+is run on fake tensors, with the fullest row of the run, and its live tensors are counted.
 
-and besides them the most that any of these moments needs, for FSDP2 gathers one group ahead (in backward), and
-keeps the fp32 input of one reduce-scatter until the next group is done:
-
-    in the head's backward     gathered 2 E b, next layer P b, tiles of the loss, kept
-    head's gradient reduced    E b, its fp32 copy 4 E, its shards 4 E / s, next layer P b, kept
-    in a layer's backward      gathered P b, next P b, the group before it in fp32 4 P (4 E after the head), kept, layer
-    a layer's gradient reduced P b, 4 P, 4 P / s, next P b, kept
-    in the embedding's, reduced: as the head's, with nothing kept
-    in the update              what visits from host memory: four numbers of two parameters' shards
-
-"kept": each layer's input (with activation checkpointing), or all that its backward needs. "layer": what one layer
-holds in its backward, recomputed activations and gradients. These two depend on the architecture, so one layer is
-run on fake tensors with the fullest row of the run, and its live tensors are counted.
+Nobody counts CUDA's context and NCCL's buffers (CONTEXT), holes between allocations and what kernels take for
+themselves (MARGIN). GB are 10^9 bytes, of which an "80 GB" card has 85.
 """
 
-import argparse
 import contextlib
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -49,7 +45,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import transformers
-from common import HERE, ROOT, SHAPES, qwen2
+from common import ROOT, SHAPES, qwen2
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
@@ -71,24 +67,25 @@ MODELS = {  # their config.json, as far as sizes depend on it
     "Qwen/Qwen1.5-32B-Chat": {"model_type": "qwen2", **qwen2(5120, 27392, 64, 40, 8, 152064, False)},
     "Qwen/Qwen2-57B-A14B-Instruct": {
         "model_type": "qwen2_moe", **qwen2(3584, 18944, 28, 28, 4, 151936, False), "num_experts": 64,
-        "num_experts_per_tok": 8, "moe_intermediate_size": 2560, "shared_expert_intermediate_size": 20480},
+        "num_experts_per_tok": 8, "moe_intermediate_size": 2560,
+        "shared_expert_intermediate_size": 20480},
     "meta-llama/Meta-Llama-3-70B-Instruct": {
         "model_type": "llama", **qwen2(8192, 28672, 80, 64, 8, 128256, False)},
     "Qwen/Qwen2-72B-Instruct": {"model_type": "qwen2", **qwen2(8192, 29568, 80, 64, 8, 152064, False)},
 }
-CARDS = {"80 GB": 85.0e9, "141 GB": 150.0e9}  # what H100/A100 and H200 have, in bytes
-CONTEXT, MARGIN = 2e9, 1.05  # taken for CUDA's context and NCCL's buffers; for holes between the allocations
-PEAK_FLOPS, LINK = 989e12, 25e9  # dense bf16 of H100 and H200; bytes per second of PCIe each way, for one GPU
-PAPER = dict(pairs=10_795, prefix=200, step=50)  # Math-Step-DPO-10K; lengths in tokens, where no --data is given
+CARDS = {"80 GB": 85e9, "141 GB": 150e9}  # what H100 (or A100) and H200 have, in bytes
+CONTEXT, MARGIN = 2e9, 1.05  # for CUDA's context and NCCL's buffers; for holes between allocations
+PEAK_FLOPS, LINK = 989e12, 25e9  # dense bf16 of H100 and H200; bytes per second of PCIe, each way
+PAPER = dict(pairs=10_795, prefix=200, step=50)  # Math-Step-DPO-10K; tokens, assumed without --data
 UTILISATION = 0.4  # of PEAK_FLOPS
 HOST_PROCESS = 4e9  # host memory of a rank beside its tensors: Python, torch, CUDA
 
 
-# --------------------------------------------------------------------------------------------- counting memory
+# -------------------------------------------------------------------------------------------- counting memory
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of all storages made while it is on: `now`, and at most (`peak`); real ones, or fake."""
+    """Counts the bytes of storages made while it is on, `now` and at most (`peak`); real ones, or fake."""
 
     def __init__(self, fake: bool = False):
         super().__init__()
@@ -180,7 +177,7 @@ def fake_tensors(cuda: bool) -> Iterator[Live]:
         yield stack.enter_context(Live(fake=True))
 
 
-# ------------------------------------------------------------------------------------------------- the formula
+# ------------------------------------------------------------------------------------------------ the formula
 
 
 class Shape(NamedTuple):
@@ -197,16 +194,15 @@ class Shape(NamedTuple):
 
 
 def read_config(name: str) -> transformers.PretrainedConfig:
-    """Of a model in the list above, a folder, a config.json or the hub. Raises InputError if there is none."""
+    """Of a model in the list above, a folder, a config.json or the hub."""
     if name in MODELS:
-        options = dict(MODELS[name])
-        return transformers.AutoConfig.for_model(
-            options.pop("model_type"), **options, architectures=None, max_position_embeddings=32768)
+        return transformers.AutoConfig.for_model(**MODELS[name])
     try:
         return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # whatever an odd file or the hub's client leads to
-        raise InputError(f"--model {name}: no config.json can be read there ({' '.join(str(error).split())[:200]}); "
-                         f"give a folder, a config.json, a hub name, or one of {', '.join(MODELS)}") from None
+        raise InputError(
+            f"--model {name}: no config.json can be read there ({' '.join(str(error).split())[:200]}); "
+            f"give a folder, a config.json, a hub name, or one of {', '.join(MODELS)}") from None
 
 
 def make(hf_config: transformers.PretrainedConfig, dtype: torch.dtype) -> tuple[nn.Module, nn.ModuleList]:
@@ -326,13 +322,15 @@ def predict(shape: Shape, layer: tuple[int, int], work: Work, ranks: int, config
     there = on_gpu.get("gradients", 0)
     early = there if work.micro_batches > 1 else 0
     base = {name: size for name, size in on_gpu.items() if name != "gradients"}
-    reduced = 4 / s  # the shards of a group's gradients, before they are added to those of other micro-batches
+    # torch 2.13's foreach_reduce has the group's last gradient in a loop variable, where there is a loop.
+    of_group = E * b if s > 1 else 0
+    reduced = 4 / s  # a group's shards, before they are added to those of other micro-batches
 
-    tied = E if shape.tied else 0  # in the root's group: gathered all the time, its gradient whole till the end
-    head = {"embedding and head": 2 * E * b} if shape.tied else {"embedding and head": E * b * 2}
+    tied = E if shape.tied else 0  # gathered and with a whole gradient, from the head to the embedding
     moments = {
         "in the head's backward": {
-            **base, "gradients": early, **kept, **tiles, **head, "gathered layers": P * ahead},
+            **base, "gradients": early, **kept, **tiles, "embedding and head": 2 * E * b,
+            "gathered layers": P * ahead},
         "in the last layer's backward": {
             **base, "gradients": early, "kept for backward": shape.layers * one,
             "layer in backward": recomputed, "gathered layers": P * (b + ahead),
@@ -346,13 +344,15 @@ def predict(shape: Shape, layer: tuple[int, int], work: Work, ranks: int, config
             "gathered layers": P * b, "embedding and head": tied * 2 * b or E * ahead,
             "reduce-scatter": 4 * P},
         "in the embedding's backward": {
-            **base, "gradients": there, "embedding and head": (4 if tied else 2) * E * b, "reduce-scatter": 4 * P},
+            **base, "gradients": there, "reduce-scatter": 4 * P,
+            # Autograd adds a tied weight's two gradients into a third tensor.
+            "embedding and head": (4 if tied else 2) * E * b},
         "when the embedding's gradient is reduced": {
-            **base, "gradients": there, "embedding and head": E * ahead, "reduce-scatter": E * (4 + reduced)},
+            **base, "gradients": there, "embedding and head": of_group, "reduce-scatter": E * (4 + reduced)},
     }
     if not tied:
         moments["when the head's gradient is reduced"] = {
-            **base, "gradients": early, **kept, "embedding and head": E * ahead, "gathered layers": P * ahead,
+            **base, "gradients": early, **kept, "embedding and head": of_group, "gathered layers": P * ahead,
             "reduce-scatter": E * (4 + reduced)}
     if offload and cuda:
         visiting = {"moments": 2, "gradients": 3, "all": 4}[offload]  # numbers per parameter
@@ -360,7 +360,7 @@ def predict(shape: Shape, layer: tuple[int, int], work: Work, ranks: int, config
     return {**moments, "host": on_host}
 
 
-# --------------------------------------------------------------------------------------------------- the trace
+# -------------------------------------------------------------------------------------------------- the trace
 
 
 def train_steps(policy: nn.Module, pairs: Sequence[data.Pair], config: stepdpo.Config, live: Live,
@@ -387,8 +387,8 @@ def train_steps(policy: nn.Module, pairs: Sequence[data.Pair], config: stepdpo.C
 
 def trace(hf_config: transformers.PretrainedConfig, pairs: Sequence[data.Pair], ranks: int,
           config: stepdpo.Config, cuda: bool = True) -> Counter:
-    """The most bytes in each place, "gpu" and "host", of rank 0 in its second optimizer step: the trainer's own
-    code, on fake tensors and a process group that sends nothing."""
+    """The most bytes in each place, "gpu" and "host", of rank 0 in its second optimizer step: the trainer's
+    own code, on fake tensors and a process group that sends nothing."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         mesh = stepdpo.mesh_of_ranks(config.shard_size)
@@ -402,7 +402,7 @@ def trace(hf_config: transformers.PretrainedConfig, pairs: Sequence[data.Pair], 
         dist.destroy_process_group()
 
 
-# ------------------------------------------------------------------------------------ from a command to a plan
+# ----------------------------------------------------------------------------------- from a command to a plan
 
 
 class Plan(NamedTuple):
@@ -449,22 +449,27 @@ class Planner:
         return Plan(config, work, moments, sum(moments.pop("host").values()))
 
 
-def advise(planner: Planner, argv: Sequence[str], per_node: int, card: str) -> tuple[list[str], Plan] | None:
-    """The first flags, of those that cost little to those that cost much, with which a run fits a card."""
-    settings = [["--no-activation-checkpointing"], ["--activation-checkpointing"]]
-    settings += [["--activation-checkpointing", "--offload", offload] for offload in OFFLOADS]
-    budgets = [["--tokens-per-micro-batch", str(2**power)] for power in range(13, 8, -1)]
-    settings += [settings[-1] + budget for budget in budgets]
+def advise(planner: Planner, config: stepdpo.Config, per_node: int, card: str) -> tuple[str, Plan] | None:
+    """(flags, plan) of the first setting, of those that cost little to those that cost much, that fits."""
+    settings: list[dict[str, Any]] = [{"activation_checkpointing": False}]
+    settings += [{"activation_checkpointing": True, "offload": offload} for offload in (None, *OFFLOADS)]
+    settings += [{**settings[-1], "tokens_per_micro_batch": 2**power} for power in range(13, 8, -1)]
     # One copy of the model in each node, where it fits there: then only sums of gradients leave a node.
-    shards = [["--shard-size", str(per_node)]] if per_node < planner.ranks else []
-    for setting, shard in itertools.product(settings, [*shards, []]):
-        try:
-            plan = planner.plan(parse([*argv, *setting, *shard]))
-        except InputError:  # a pair that is longer than the budget
-            continue
-        if plan.fits(card):
-            return [word for word in [*setting, *shard] if word != "--activation-checkpointing"], plan
+    shards = [per_node, None] if per_node < planner.ranks else [None]
+    for setting, shard in itertools.product(settings, shards):
+        setting = {"offload": None, **setting, "shard_size": shard}
+        with contextlib.suppress(InputError):  # a pair may be longer than the budget
+            plan = planner.plan(stepdpo.Config(**{**vars(config), **setting}))
+            if plan.fits(card):
+                return flags_of(setting), plan
     return None
+
+
+def flags_of(setting: dict[str, Any]) -> str:
+    """As on the command line, without what is the default on a GPU."""
+    flags = [] if setting.pop("activation_checkpointing") else ["--no-activation-checkpointing"]
+    flags += [f"--{name.replace('_', '-')} {value}" for name, value in setting.items() if value]
+    return " ".join(flags)
 
 
 def parse(argv: Sequence[str]) -> stepdpo.Config:
@@ -510,17 +515,15 @@ def report(planner: Planner, argv: Sequence[str], per_node: int, utilisation: fl
     """Print what a run with these flags takes, and which flags to use."""
     plan = planner.plan(parse(argv))
     config, work, shape = plan.config, plan.work, planner.shape
-    pairs = planner.pairs
-    tokens = work.tokens / len(pairs)
     assumed = "" if config.data != ["-"] else (
         f" (assumed, as there is no --data: {PAPER['prefix']} + 2 x {PAPER['step']} tokens)")
     row = sum(pair.tokens(config.share_prefix) for pair in work.fullest)
     flops, step, run = seconds_of(planner, plan, utilisation)
 
-    print(f"model       {config.model}: {shape.all / 1e9:.2f}B parameters in {shape.layers} layers, a token meets "
-          f"{(shape.active + shape.end) / 1e9:.2f}B")
-    print(f"run         {planner.ranks} GPUs, {work.steps} optimizer steps of {config.batch_size} pairs, {tokens:.0f} "
-          f"tokens each{assumed}; {work.micro_batches} micro-batches of at most {row:,} tokens")
+    print(f"model       {config.model}: {shape.all / 1e9:.2f}B parameters in {shape.layers} layers, a token "
+          f"meets {(shape.active + shape.end) / 1e9:.2f}B")
+    print(f"run         {planner.ranks} GPUs, {work.steps} optimizer steps of {config.batch_size} pairs, "
+          f"{work.tokens / len(planner.pairs):.0f} tokens each{assumed}, in micro-batches of at most {row:,}")
     print(f"one GPU     {plan.bytes / 1e9:.1f} GB at most, {plan.peak}:")
     for name, size in sorted(plan.moments[plan.peak].items(), key=lambda item: -item[1]):
         if size:
@@ -528,21 +531,17 @@ def report(planner: Planner, argv: Sequence[str], per_node: int, utilisation: fl
     hosts = [f"{host_of(planner, offload, per_node, config) / 1e9:,.0f} GB"
              + (f" with --offload {offload}" if offload else "") for offload in (None, *OFFLOADS)]
     print(f"one host    {', '.join(hosts)}")
-    print(f"time        {flops / 1e15:,.1f} PFLOP and {step:.1f} s for an optimizer step at {utilisation:.0%} of "
+    print(f"time        {flops / 1e15:,.1f} PFLOP, {step:.1f} s for an optimizer step at {utilisation:.0%} of "
           f"{PEAK_FLOPS / 1e12:.0f} TFLOP/s; {run / 3600:.1f} hours in all")
     for card in CARDS:
-        advice = advise(planner, argv, per_node, card)
-        words = "fits as it is" if plan.fits(card) else "does not fit as it is"
-        if advice:
-            flags = " ".join(advice[0]) or "no flags for memory"
-            words += f"; best with {flags}: {advice[1].bytes / 1e9:.1f} GB"
-        else:
-            words += ", nor with any flags: more GPUs are needed"
-        print(f"{card:12}{words}")
+        advice = advise(planner, parse(argv), per_node, card)
+        words = f"with {advice[0] or 'the defaults'} {advice[1].bytes / 1e9:.1f} GB" if advice else (
+            "too small with any flags: take more GPUs")
+        print(f"{card:12}{'fits' if plan.fits(card) else 'does not fit'}; best: {words}")
     if traced:
-        peak = trace(planner.hf_config, pairs, planner.ranks, config)
-        print(f"traced      {peak['gpu'] / 1e9:.1f} GB on the GPU ({plan.bytes / peak['gpu'] - 1:+.1%} is the formula "
-              f"off), {peak['host'] / 1e9:.1f} GB in host memory")
+        peak = trace(planner.hf_config, planner.pairs, planner.ranks, config)
+        print(f"traced      {peak['gpu'] / 1e9:.1f} GB on a GPU, of which the formula is "
+              f"{plan.bytes / peak['gpu'] - 1:+.1%} off; {peak['host'] / 1e9:.1f} GB in a rank's host memory")
 
 
 def table() -> str:
@@ -554,16 +553,15 @@ def table() -> str:
         # As in the paper: half the epochs above 30B.
         argv += ["--epochs", "4"] if planner.shape.all > 30e9 else []
         for card in CARDS:
-            flags, plan = advise(planner, argv, 8, card)
+            flags, plan = advise(planner, parse(argv), 8, card)
             _, _, run = seconds_of(planner, plan, UTILISATION)
             host = host_of(planner, plan.config.offload, 8, plan.config)
-            flags = f"`{' '.join(flags)}`" if flags else "none"
-            lines.append(f"| {name.split('/')[1]} | 8 x {card} | {flags} | {plan.bytes / 1e9:.0f} | "
-                         f"{host / 1e9:,.0f} | {run / 3600:.1f} |")
+            lines.append(f"| {name.split('/')[1]} | 8 x {card} | `{flags}` | {plan.bytes / 1e9:.0f} | "
+                         f"{host / 1e9:,.0f} | {run / 3600:.1f} |".replace("``", "none"))
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------- the formula against real runs
+# ------------------------------------------------------------------------------ the formula against real runs
 
 MEASURED = {  # small models of different shapes
     "qwen2, untied": {"model_type": "qwen2", **qwen2(256, 1024, 4, 4, 2, 32000, False)},
@@ -591,36 +589,42 @@ def run_counted(argv: Sequence[str]) -> None:
     print(max(peaks))
 
 
-def measure(models: Sequence[str] = tuple(MEASURED), settings: Sequence[str] = SETTINGS) -> list[dict[str, Any]]:
+def measure() -> list[dict[str, Any]]:
     """Predicted and measured bytes of small random models, in one process without a GPU."""
     rows = []
-    for name in models:
+    for name, options in MEASURED.items():
         with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as out:
-            options = dict(MEASURED[name])
-            hf_config = transformers.AutoConfig.for_model(options.pop("model_type"), **options)
+            hf_config = transformers.AutoConfig.for_model(**options)
             transformers.AutoModelForCausalLM.from_config(hf_config).save_pretrained(folder)
             data.read_tokenizer(f"{ROOT}/demo/model").save_pretrained(folder)
             with open(f"{ROOT}/demo/pairs.jsonl") as file, open(f"{out}/pairs.jsonl", "w") as some:
                 some.writelines(itertools.islice(file, 32))
-            for number, setting in enumerate(settings):
+
+            for number, setting in enumerate(SETTINGS):
                 argv = ["--model", folder, "--data", f"{out}/pairs.jsonl", "--output-dir", f"{out}/{number}",
                         "--instruction", "", "--batch-size", "32", "--max-steps", "2", *setting.split()]
-                run = subprocess.run([sys.executable, __file__, "--counted", *argv], text=True, capture_output=True,
-                                     env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "STEPDPO_CACHE": folder})
-                if run.returncode:
-                    raise InputError(f"{name}, {setting or 'defaults'}: {run.stderr.strip().splitlines()[-1]}")
-                measured = int(run.stdout.split()[-1])
-
                 config = stepdpo.parse(argv)
                 plan = Planner(hf_config, pairs_of(config), 1, cuda=False).plan(config)
-                predicted = plan.bytes + plan.host
-                rows.append({"model": name, "flags": setting, "measured": measured, "predicted": predicted})
-                print(f"{name:14} {setting:78} {measured / 1e6:7,.1f} MB measured, {predicted / 1e6:7,.1f} "
-                      f"predicted ({predicted / measured - 1:+.1%})", flush=True)
+                row = {"model": name, "flags": setting, "predicted": plan.bytes + plan.host,
+                       "measured": measured_bytes(argv, cache=folder)}
+                rows.append(row)
+                print(f"{name:14} {setting:78} {row['measured'] / 1e6:8,.1f} MB, predicted "
+                      f"{row['predicted'] / 1e6:8,.1f} ({row['predicted'] / row['measured'] - 1:+.1%})",
+                      flush=True)
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------- flags
+def measured_bytes(argv: Sequence[str], cache: str) -> int:
+    """Of a run in a process of its own."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "STEPDPO_CACHE": cache}
+    command = [sys.executable, __file__, "--counted", *argv]
+    run = subprocess.run(command, text=True, capture_output=True, env=env)
+    if run.returncode:
+        raise InputError(f"a run with {' '.join(argv)} failed: {run.stderr.strip().splitlines()[-1]}")
+    return int(run.stdout.split()[-1])
+
+
+# ------------------------------------------------------------------------------------------------------ flags
 
 
 def main() -> None:
