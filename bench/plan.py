@@ -23,7 +23,7 @@ parameters, E in the embedding, E in the head and P in a layer, and b = 2 in bf1
 "next": FSDP2 gathers one group ahead in backward. "The gradient before": it keeps the fp32 input of the last
 reduce-scatter until the next begins. A tied embedding is gathered all the time, and so is its gradient.
 "kept" is each layer's input, or without activation checkpointing all that its backward needs; "layer" is what
-a layer holds in its backward, recomputed activations and gradients. Both depend on the architecture: one layer
+a layer holds in its backward, recomputed activations and gradients. Both depend on the architecture: a layer
 is run on fake tensors, with the fullest row of the run, and its live tensors are counted.
 
 Nobody counts CUDA's context and NCCL's buffers (CONTEXT), holes between allocations and what kernels take for
@@ -265,46 +265,54 @@ class Work(NamedTuple):
     trained: int       # of them those that the head meets
     scores: int        # query-key pairs of an epoch
     micro_batches: int  # per optimizer step, the most
-    fullest: list      # pairs of the fullest row of a rank
+    rows: list         # the fullest row of pairs in a first micro-batch, and if there are any in a later one
 
 
 def work_of(pairs: Sequence[data.Pair], ranks: int, config: stepdpo.Config) -> Work:
-    """Tokens of an epoch, and the fullest row of all optimizer steps."""
+    """Tokens of an epoch, and the fullest rows of all its optimizer steps."""
     share = config.share_prefix
     per_epoch = data.steps_per_epoch(len(pairs), config.batch_size)
     steps = min(config.epochs * per_epoch, config.max_steps or config.epochs * per_epoch)
-    fullest, most, micro_batches = 0, [], 0
+    rows, micro_batches = [[], []], 0
     # Without --data all pairs are equal, and so are all steps.
     for step in range(min(steps, per_epoch) if len({id(pair) for pair in pairs}) > 1 else 1):
         chosen = [pairs[i] for i in data.indices_of_step(step, len(pairs), config.batch_size, config.seed)]
         plan = data.split([pair.tokens(share) for pair in chosen], ranks, config.tokens_per_micro_batch)
         micro_batches = max(micro_batches, len(plan))
-        for own in itertools.chain(*plan):
-            row = [chosen[i] for i in own]
-            tokens = sum(pair.tokens(share) for pair in row)
-            if tokens > fullest:
-                fullest, most = tokens, row
+        for number, of_ranks in enumerate(plan):
+            for own in of_ranks:
+                row = [chosen[i] for i in own]
+                rows[number > 0] = max(rows[number > 0], row, key=lambda row: tokens_in(row, config))
     scores = 0
     for pair in pairs:
         prefix = len(pair.prefix)
         scores += prefix**2 // 2 * (1 if share else 2)
         scores += sum(prefix * len(step) + len(step)**2 // 2 for step in (pair.chosen, pair.rejected))
     return Work(steps, sum(pair.tokens(share) for pair in pairs),
-                sum(len(pair.chosen) + len(pair.rejected) for pair in pairs), scores, micro_batches, most)
+                sum(len(pair.chosen) + len(pair.rejected) for pair in pairs), scores, micro_batches,
+                [row for row in rows if row])
 
 
-def predict(shape: Shape, layer: tuple[int, int], work: Work, ranks: int, config: stepdpo.Config,
-            cuda: bool = True) -> dict[str, dict[str, float]]:
-    """moment -> what a GPU holds then -> bytes; and "host" -> what a rank has in host memory.
+def tokens_in(row: list[data.Pair], config: stepdpo.Config) -> int:
+    return sum(pair.tokens(config.share_prefix) for pair in row)
 
-    `layer` as `count_layer` counts it.
-    """
+
+def predict(
+    shape: Shape,
+    layer: tuple[int, int],  # as `count_layer` counts it for the row
+    pairs: list[data.Pair],  # of the row of a micro-batch
+    is_first: bool,          # micro-batch of its optimizer step: then its gradients come one by one
+    ranks: int,
+    config: stepdpo.Config,
+    cuda: bool,
+) -> dict[str, dict[str, float]]:
+    """moment -> what a GPU holds then -> bytes; and "host" -> what a rank has in host memory."""
     s = config.shard_size or ranks
     b, offload = getattr(torch, config.dtype).itemsize, config.offload
     N, E, P = shape.all, shape.end, shape.layer
     kept_of_layer, in_backward = layer
-    row = sum(pair.tokens(config.share_prefix) for pair in work.fullest)  # L
-    trained = sum(len(pair.chosen) + len(pair.rejected) for pair in work.fullest)  # T
+    row = tokens_in(pairs, config)  # L
+    trained = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)  # T
     ahead = b if s > 1 else 0  # a rank alone gathers nothing ahead: it copies a group when that runs
 
     states = {"weights": (4 * N / s, offload == "all"), "moments": (8 * N / s, offload is not None),
@@ -318,9 +326,8 @@ def predict(shape: Shape, layer: tuple[int, int], work: Work, ranks: int, config
     kept = {"kept for backward": shape.layers * one + end}
     tiles = {"tiles of the loss": trained * ((kernels.BLOCK if cuda else kernels.BLOCK_CPU)
                                              * (4 + (b if cuda else 0)) + 2 * 4 * shape.hidden)}
-    # The gradients of one micro-batch come one by one; of later ones they are there, and wait for more.
     there = on_gpu.get("gradients", 0)
-    early = there if work.micro_batches > 1 else 0
+    early = 0 if is_first else there
     base = {name: size for name, size in on_gpu.items() if name != "gradients"}
     # torch 2.13's foreach_reduce has the group's last gradient in a loop variable, where there is a loop.
     of_group = E * b if s > 1 else 0
@@ -348,7 +355,8 @@ def predict(shape: Shape, layer: tuple[int, int], work: Work, ranks: int, config
             # Autograd adds a tied weight's two gradients into a third tensor.
             "embedding and head": (4 if tied else 2) * E * b},
         "when the embedding's gradient is reduced": {
-            **base, "gradients": there, "embedding and head": of_group, "reduce-scatter": E * (4 + reduced)},
+            **base, "gradients": max(0, there - E * reduced) if is_first else there,
+            "embedding and head": of_group, "reduce-scatter": E * (4 + reduced)},
     }
     if not tied:
         moments["when the head's gradient is reduced"] = {
@@ -442,11 +450,14 @@ class Planner:
         with mock.patch.object(stepdpo, "local_device", lambda: device):
             config = stepdpo.fill_budget(config, self.pairs)
         work = work_of(self.pairs, self.ranks, config)
-        key = (config.dtype, config.share_prefix, *(len(part) for pair in work.fullest for part in pair[:3]))
-        if key not in self.layers:
-            self.layers[key] = count_layer(self.hf_config, work.fullest, config, self.cuda)
-        moments = predict(self.shape, self.layers[key], work, self.ranks, config, self.cuda)
-        return Plan(config, work, moments, sum(moments.pop("host").values()))
+        plans = []
+        for number, row in enumerate(work.rows):
+            key = (config.dtype, config.share_prefix, *(len(part) for pair in row for part in pair[:3]))
+            if key not in self.layers:
+                self.layers[key] = count_layer(self.hf_config, row, config, self.cuda)
+            moments = predict(self.shape, self.layers[key], row, number == 0, self.ranks, config, self.cuda)
+            plans.append(Plan(config, work, moments, sum(moments.pop("host").values())))
+        return max(plans, key=lambda plan: plan.bytes)
 
 
 def advise(planner: Planner, config: stepdpo.Config, per_node: int, card: str) -> tuple[str, Plan] | None:
@@ -517,7 +528,7 @@ def report(planner: Planner, argv: Sequence[str], per_node: int, utilisation: fl
     config, work, shape = plan.config, plan.work, planner.shape
     assumed = "" if config.data != ["-"] else (
         f" (assumed, as there is no --data: {PAPER['prefix']} + 2 x {PAPER['step']} tokens)")
-    row = sum(pair.tokens(config.share_prefix) for pair in work.fullest)
+    row = max(tokens_in(row, config) for row in work.rows)
     flops, step, run = seconds_of(planner, plan, utilisation)
 
     print(f"model       {config.model}: {shape.all / 1e9:.2f}B parameters in {shape.layers} layers, a token "
@@ -531,7 +542,7 @@ def report(planner: Planner, argv: Sequence[str], per_node: int, utilisation: fl
     hosts = [f"{host_of(planner, offload, per_node, config) / 1e9:,.0f} GB"
              + (f" with --offload {offload}" if offload else "") for offload in (None, *OFFLOADS)]
     print(f"one host    {', '.join(hosts)}")
-    print(f"time        {flops / 1e15:,.1f} PFLOP, {step:.1f} s for an optimizer step at {utilisation:.0%} of "
+    print(f"time        {flops / 1e15:,.1f} PFLOP, {step:.1f} s for an optimizer step, {utilisation:.0%} of "
           f"{PEAK_FLOPS / 1e12:.0f} TFLOP/s; {run / 3600:.1f} hours in all")
     for card in CARDS:
         advice = advise(planner, parse(argv), per_node, card)
