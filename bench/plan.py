@@ -206,9 +206,17 @@ def read_config(name: str) -> transformers.PretrainedConfig:
 
 
 def make(hf_config: transformers.PretrainedConfig, dtype: torch.dtype) -> tuple[nn.Module, nn.ModuleList]:
-    """The model and its decoder layers, of fake tensors or on the meta device."""
-    model = transformers.AutoModelForCausalLM.from_config(
-        hf_config, dtype=dtype, attn_implementation="segments", trust_remote_code=False)
+    """The model and its decoder layers, of fake tensors or on the meta device.
+
+    Raises InputError for a model that the trainer would refuse.
+    """
+    try:
+        model = transformers.AutoModelForCausalLM.from_config(
+            hf_config, dtype=dtype, attn_implementation="segments", trust_remote_code=False)
+    except Exception as error:  # whatever a configuration leads to
+        files.refuse_model(hf_config.model_type, f"transformers cannot build it with the trainer's attention "
+                                                 f"({type(error).__name__}: {str(error)[:200]})")
+    stepdpo.refuse_unsupported(model)
     lists = [module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList)]
     return model.eval(), max(lists, key=len)
 

@@ -76,6 +76,21 @@ def test_several_nodes_have_a_copy_each_where_it_fits():
     assert plan.advise(planner, plan.parse([]), 8, "141 GB")[0] == "--no-activation-checkpointing"
 
 
+def test_real_pairs_give_real_lengths(capsys, monkeypatch):
+    flags = "--model demo/model --data demo/pairs.jsonl --instruction= --gpus 2 --batch-size 32"
+    monkeypatch.setattr(sys, "argv", ["bench/plan.py", *flags.split()])
+    monkeypatch.chdir(HERE)
+    plan.main()
+    text = capsys.readouterr().out
+    assert "376 optimizer steps of 32 pairs, 116 tokens each, in" in text and "assumed" not in text
+
+
+def test_what_cannot_be_trained_is_not_planned(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bloom"}')
+    with pytest.raises(plan.InputError, match="BloomForCausalLM is not supported"):
+        plan.Planner(plan.read_config(str(tmp_path)), PAIRS, 8)
+
+
 @pytest.mark.parametrize("flags, message", [
     ("", "--model is needed: a folder, a config.json, a hub name, or one of Qwen/Qwen2-7B-Instruct"),
     ("--model /nowhere", "--model /nowhere: no config.json can be read there"),
