@@ -39,7 +39,7 @@ import storage
 from files import InputError
 
 VERDICTS = ("equal", "refused", "differs", "traceback", "not built")
-WORKERS, TIME_LIMIT, ALLOWED = 2, 60, 2e-4  # processes, seconds for each, difference of a loss
+WORKERS, TIME_LIMIT, ALLOWED = 2, 300, 2e-4  # processes, seconds for each, difference of a loss
 SMALL = {  # whole names of configuration fields -> the most they may be; the first that matches counts
     r"mamba_d_ssm": 128,
     r"qk_head_dim|mamba_d_head": 32,
