@@ -57,7 +57,7 @@ def position_limit(model: nn.Module) -> float:
 
 def is_mixture(model: nn.Module) -> bool:
     """Whether tokens choose among experts."""
-    return any(name.endswith(".experts") for name, _ in model.named_modules())
+    return any("expert" in name or "moe" in name for name, _ in model.named_parameters())
 
 
 def compute_buffers(model: nn.Module, device: torch.device) -> None:

@@ -15,7 +15,7 @@ In reading order: the loss; the policy, a model that returns log-probabilities o
 log-probabilities; the training; what comes before its first step; building and sharding the model; the
 output folder; flags. data.py says what a pair is and how it becomes tokens, attention.py how packed pairs do
 not see each other, kernels.py why no logits are ever held, offload.py how 72B parameters fit, storage.py how
-they get from a disk into shards and back.
+they get from a disk into shards and back, runs.py how nothing of a run is lost.
 """
 
 import argparse
@@ -44,6 +44,7 @@ from tqdm import tqdm
 import data
 import files
 import models
+import runs
 import storage
 from attention import current_row
 from data import Batch, Pair
@@ -256,7 +257,7 @@ def evaluate(step: int, policy: Policy, held_out: Sequence[Pair], reference: Ten
 def train(config: Config) -> None:
     """The whole run: read, self-check, reference pass, optimizer steps, export. Collective."""
     start_processes(config.timeout)
-    lock = storage.claim_output_dir(config)  # held until this returns
+    lock = runs.claim_output_dir(config)  # held until this returns
 
     # What is trained on, in how many optimizer steps.
     folder = storage.resolve(config.model)
@@ -265,11 +266,11 @@ def train(config: Config) -> None:
         refuse_answering(folder, config)
     tokenizer = data.read_tokenizer(folder)
     pairs, held_out = read_pairs(tokenizer, config)
-    identity = storage.identity_of(folder, data.fingerprint(pairs), data.fingerprint(held_out), config)
-    storage.refuse_other_nodes(identity, config)
-    if storage.is_finished(identity, config):
+    identity = runs.identity_of(folder, data.fingerprint(pairs), data.fingerprint(held_out), config)
+    runs.refuse_other_nodes(identity, config)
+    if runs.is_finished(identity, config):
         return print0(f"finished    already: {config.output_dir}/model")
-    storage.refuse_full_disk(folder, config)
+    runs.refuse_full_disk(folder, config)
     config = fill_budget(config, pairs + held_out)
     steps = config.epochs * data.steps_per_epoch(len(pairs), config.batch_size)
     steps = min(steps, config.max_steps or steps)
@@ -452,14 +453,14 @@ def reference_logps(policy: Policy, folder: str, name: str, pairs: Sequence[Pair
         return torch.empty(2, 0)
     is_reader = dist.get_rank() == 0  # rank 0 alone reads and writes: other nodes may have other disks
     path = cache_path(folder, pairs, config) if is_reader else ""
-    found = [storage.read_cached(path, (2, len(pairs))) if is_reader else None]
+    found = [runs.read_cached(path, (2, len(pairs))) if is_reader else None]
     dist.broadcast_object_list(found)
     if found[0] is not None:
         print0(f"reference   log-probabilities of {name} pairs read from {path}")
         return found[0].to(local_device())
 
     logps = all_logps(policy, pairs, config, f"reference ({name})")
-    kept = not is_reader or storage.write_cached(path, logps)
+    kept = not is_reader or runs.write_cached(path, logps)
     print0(f"reference   log-probabilities of {name} pairs computed" + (f", kept in {path}" if kept else ""))
     return logps
 
@@ -564,7 +565,7 @@ def start_or_resume(policy: Policy, optimizer: torch.optim.Optimizer, identity: 
                     config: Config) -> int:
     """Load the newest checkpoint, if there is one, and write run.json. Returns the optimizer steps done."""
     out = config.output_dir
-    first, metrics = storage.load_checkpoint(policy, optimizer, f"{out}/checkpoints")
+    first, metrics = runs.load_checkpoint(policy, optimizer, f"{out}/checkpoints")
     if dist.get_rank() == 0:
         packages = ("torch", "triton", "transformers", "safetensors", "numpy")
         record = {**identity, "optimizer_steps": steps, "processes": dist.get_world_size(),
@@ -589,7 +590,7 @@ def save_if_due(policy: Policy, optimizer: torch.optim.Optimizer, done: int, ste
     # The last step is saved too, because the export may find the disk full.
     if stopping or config.save_every and (is_last or done % config.save_every == 0):
         path = f"{config.output_dir}/metrics.jsonl"
-        storage.save_checkpoint(policy, optimizer, f"{config.output_dir}/checkpoints", done,
+        runs.save_checkpoint(policy, optimizer, f"{config.output_dir}/checkpoints", done,
                                 files.read_bytes(path).decode() if dist.get_rank() == 0 else "")
     if stopping:
         print0(f"stopped     after optimizer step {done} of {steps}; "

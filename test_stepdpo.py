@@ -1,4 +1,4 @@
-"""The specification of stepdpo.py, kernels.py, data.py, attention.py and storage.py, executable on a CPU.
+"""The specification of stepdpo.py, kernels.py, data.py, attention.py, storage.py, runs.py: runs on a CPU.
 
 In the order of the code: the loss, the kernel, the data, the packed policy, training, the command line. Tests
 that need a GPU skip visibly without one. Each test names the rule it protects.
@@ -33,6 +33,7 @@ import attention
 import data
 import kernels
 import offload
+import runs
 import stepdpo
 import storage
 from conftest import CHATML, CUDA, ENVIRONMENT, HERE, TORCHRUN, make_rows, rows_of, write_jsonl
@@ -1239,7 +1240,7 @@ def test_rows_find_their_way_from_any_number_of_shards_to_any_other(length, befo
     for start, stop in new_places:
         rows = torch.full((stop - start,), -1)
         for old, place in zip(stored, old_places, strict=True):
-            storage.copy_common_rows(rows, (start, stop), old, place)
+            runs.copy_common_rows(rows, (start, stop), old, place)
         assert torch.equal(rows, whole[start:stop])
 
 
@@ -1485,7 +1486,7 @@ def test_nodes_that_read_other_things_are_told_so(monkeypatch, workplace, tmp_pa
     monkeypatch.setattr(torch.distributed, "all_gather_object", gathered)
     with pytest.raises(InputError, match=f"--{change}: rank 1 on second reads another content than rank 0"):
         content = {"data": "a", "model": "b"}
-        storage.refuse_other_nodes({"content": content}, make_config(workplace, tmp_path))
+        runs.refuse_other_nodes({"content": content}, make_config(workplace, tmp_path))
 
 
 def test_processes_that_share_copies_must_come_out_even(workplace, tmp_path):

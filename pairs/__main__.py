@@ -32,7 +32,7 @@ from files import (
     print0,
     run_command,
 )
-from storage import is_inside
+from runs import is_inside
 
 from .judge import Judge
 from .problems import FORMATS, STEP_PREFIX, read_problems
