@@ -332,8 +332,8 @@ def predict(
     recomputed = in_backward - (0 if config.activation_checkpointing else kept_of_layer)
     end = row * shape.hidden * (4 + b)  # the last norm keeps its input in fp32, and what it makes of it
     kept = {"kept for backward": shape.layers * one + end}
-    tiles = {"tiles of the loss": trained * ((kernels.BLOCK if cuda else kernels.BLOCK_CPU)
-                                             * (4 + (b if cuda else 0)) + 2 * 4 * shape.hidden)}
+    width = min(kernels.BLOCK if cuda else kernels.BLOCK_CPU, E // shape.hidden)
+    tiles = {"tiles of the loss": trained * (width * (4 + (b if cuda else 0)) + 2 * 4 * shape.hidden)}
     there = on_gpu.get("gradients", 0)
     early = 0 if is_first else there
     base = {name: size for name, size in on_gpu.items() if name != "gradients"}
@@ -539,28 +539,28 @@ def report(planner: Planner, argv: Sequence[str], per_node: int, utilisation: fl
     row = max(tokens_in(row, config) for row in work.rows)
     flops, step, run = seconds_of(planner, plan, utilisation)
 
-    print(f"model       {config.model}: {shape.all / 1e9:.2f}B parameters in {shape.layers} layers, a token "
-          f"meets {(shape.active + shape.end) / 1e9:.2f}B")
+    print(f"model       {config.model}: {shape.all / 1e6:,.1f}M parameters in {shape.layers} layers, a "
+          f"token meets {(shape.active + shape.end) / 1e6:,.1f}M")
     print(f"run         {planner.ranks} GPUs, {work.steps} optimizer steps of {config.batch_size} pairs, "
           f"{work.tokens / len(planner.pairs):.0f} tokens each{assumed}, in micro-batches of at most {row:,}")
-    print(f"one GPU     {plan.bytes / 1e9:.1f} GB at most, {plan.peak}:")
+    print(f"one GPU     {plan.bytes / 1e9:.2f} GB at most, {plan.peak}:")
     for name, size in sorted(plan.moments[plan.peak].items(), key=lambda item: -item[1]):
         if size:
-            print(f"            {size / 1e9:6.1f}  {name}")
+            print(f"            {size / 1e9:7.2f}  {name}")
     hosts = [f"{host_of(planner, offload, per_node, config) / 1e9:,.0f} GB"
              + (f" with --offload {offload}" if offload else "") for offload in (None, *OFFLOADS)]
     print(f"one host    {', '.join(hosts)}")
-    print(f"time        {flops / 1e15:,.1f} PFLOP, {step:.1f} s for an optimizer step, {utilisation:.0%} of "
+    print(f"time        {flops / 1e15:,.2f} PFLOP, {step:.1f} s for an optimizer step, {utilisation:.0%} of "
           f"{PEAK_FLOPS / 1e12:.0f} TFLOP/s; {run / 3600:.1f} hours in all")
     for card in CARDS:
         advice = advise(planner, parse(argv), per_node, card)
-        words = f"with {advice[0] or 'the defaults'} {advice[1].bytes / 1e9:.1f} GB" if advice else (
+        words = f"with {advice[0] or 'the defaults'} {advice[1].bytes / 1e9:.2f} GB" if advice else (
             "too small with any flags: take more GPUs")
         print(f"{card:12}{'fits' if plan.fits(card) else 'does not fit'}; best: {words}")
     if traced:
         peak = trace(planner.hf_config, planner.pairs, planner.ranks, config)
-        print(f"traced      {peak['gpu'] / 1e9:.1f} GB on a GPU, of which the formula is "
-              f"{plan.bytes / peak['gpu'] - 1:+.1%} off; {peak['host'] / 1e9:.1f} GB in a rank's host memory")
+        print(f"traced      {peak['gpu'] / 1e9:.2f} GB on a GPU, from which the formula is "
+              f"{plan.bytes / peak['gpu'] - 1:+.1%} off; {peak['host'] / 1e9:.2f} GB in a rank's host memory")
 
 
 def table() -> str:
@@ -585,7 +585,7 @@ def table() -> str:
 MEASURED = {  # small models of different shapes
     "qwen2, untied": {"model_type": "qwen2", **qwen2(256, 1024, 4, 4, 2, 32000, False)},
     "qwen2, tied": {"model_type": "qwen2", **qwen2(512, 1536, 6, 8, 2, 150000, True)},
-    "llama, untied": {"model_type": "llama", **qwen2(1024, 2816, 4, 8, 8, 50000, False)},
+    "llama, untied": {"model_type": "llama", **qwen2(1024, 2816, 2, 8, 8, 32000, False)},
 }
 SETTINGS = ("", "--activation-checkpointing --offload moments",
             "--no-share-prefix --tokens-per-micro-batch 2048 --offload gradients",
@@ -617,11 +617,11 @@ def measure() -> list[dict[str, Any]]:
             transformers.AutoModelForCausalLM.from_config(hf_config).save_pretrained(folder)
             data.read_tokenizer(f"{ROOT}/demo/model").save_pretrained(folder)
             with open(f"{ROOT}/demo/pairs.jsonl") as file, open(f"{out}/pairs.jsonl", "w") as some:
-                some.writelines(itertools.islice(file, 32))
+                some.writelines(itertools.islice(file, 16))
 
             for number, setting in enumerate(SETTINGS):
                 argv = ["--model", folder, "--data", f"{out}/pairs.jsonl", "--output-dir", f"{out}/{number}",
-                        "--instruction", "", "--batch-size", "32", "--max-steps", "2", *setting.split()]
+                        "--instruction", "", "--batch-size", "16", "--max-steps", "2", *setting.split()]
                 config = stepdpo.parse(argv)
                 plan = Planner(hf_config, pairs_of(config), 1, cuda=False).plan(config)
                 row = {"model": name, "flags": setting, "predicted": plan.bytes + plan.host,
