@@ -57,6 +57,7 @@ import attention
 import data
 import files
 import kernels
+import models
 import stepdpo
 import storage
 from files import InputError
@@ -216,7 +217,7 @@ def make(hf_config: transformers.PretrainedConfig, dtype: torch.dtype) -> tuple[
     except Exception as error:  # whatever a configuration leads to
         files.refuse_model(hf_config.model_type, f"transformers cannot build it with the trainer's attention "
                                                  f"({type(error).__name__}: {str(error)[:200]})")
-    stepdpo.refuse_unsupported(model)
+    models.refuse_unsupported(model)
     lists = [module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList)]
     return model.eval(), max(lists, key=len)
 
