@@ -11,7 +11,7 @@ It takes the trainer's flags, and needs neither a GPU nor weights: a config.json
 in the table their name. Bytes on one GPU, where s ranks share a copy of the model (all, or --shard-size) of N
 parameters, E in the embedding, E in the head and P in a layer, and b = 2 in bf16:
 
-    always                        weights 4 N / s, gradients 4 N / s, moments 8 N / s (less what is offloaded)
+    always                        weights 4 N / s, gradients 4 N / s, moments 8 N / s, but what is offloaded
     and the most of
       in the head's backward      head and its gradient 2 E b, next layer P b, tiles of the loss, kept
       as that is reduced          gradient E b, in fp32 4 E, its shards 4 E / s, next layer P b, kept
@@ -21,10 +21,11 @@ parameters, E in the embedding, E in the head and P in a layer, and b = 2 in bf1
       in the update               visitors from host memory: all numbers of two parameters' shards
 
 "next": FSDP2 gathers one group ahead in backward. "The gradient before": it keeps the fp32 input of the last
-reduce-scatter until the next begins. A tied embedding is gathered all the time, and so is its gradient.
-"kept" is each layer's input, or without activation checkpointing all that its backward needs; "layer" is what
-a layer holds in its backward, recomputed activations and gradients. Both depend on the architecture: a layer
-is run on fake tensors, with the fullest row of the run, and its live tensors are counted.
+reduce-scatter until the next begins. In a step's first micro-batch gradients come one by one; in later ones
+all are there. A tied embedding is gathered all the time, and so is its gradient. "kept" is each layer's
+input, or without activation checkpointing all that its backward needs; "layer" is what a layer holds in its
+backward, recomputed activations and gradients. Both depend on the architecture: a layer is run on fake
+tensors, with the fullest row of the run, and its live tensors are counted.
 
 Nobody counts CUDA's context and NCCL's buffers (CONTEXT), holes between allocations and what kernels take for
 themselves (MARGIN). GB are 10^9 bytes, of which an "80 GB" card has 85.
@@ -335,45 +336,48 @@ def predict(
     kept = {"kept for backward": shape.layers * one + end}
     width = min(kernels.BLOCK if cuda else kernels.BLOCK_CPU, E // shape.hidden)
     tiles = {"tiles of the loss": trained * (width * (4 + (b if cuda else 0)) + 2 * 4 * shape.hidden)}
-    there = on_gpu.get("gradients", 0)
-    early = 0 if is_first else there
-    base = {name: size for name, size in on_gpu.items() if name != "gradients"}
     # torch 2.13's foreach_reduce has the group's last gradient in a loop variable, where there is a loop.
     of_group = E * b if s > 1 else 0
     reduced = 4 / s  # a group's shards, before they are added to those of other micro-batches
-
     tied = E if shape.tied else 0  # gathered and with a whole gradient, from the head to the embedding
+    there = on_gpu.pop("gradients", 0)
+
+    def always(to_come: int) -> dict[str, float]:
+        """States, when a first micro-batch has still to make the gradients of so many parameters."""
+        return {**on_gpu, "gradients": max(0, there - 4 * to_come / s) if is_first else there}
+
+    def in_layer(before: int) -> dict[str, float]:
+        """In the backward of a layer that has so many before it."""
+        is_last = before == shape.layers - 1
+        return {
+            **always(before * P + P + E), "kept for backward": (before + 1) * one,
+            "layer in backward": recomputed,
+            "gathered layers": P * b + (P * ahead if before else 0),
+            "embedding and head": tied * 2 * b or (0 if before else E * ahead),
+            "reduce-scatter": 4 * P if not is_last else 0 if tied else 4 * E}
+
     moments = {
         "in the head's backward": {
-            **base, "gradients": early, **kept, **tiles, "embedding and head": 2 * E * b,
-            "gathered layers": P * ahead},
-        "in the last layer's backward": {
-            **base, "gradients": early, "kept for backward": shape.layers * one,
-            "layer in backward": recomputed, "gathered layers": P * (b + ahead),
-            "embedding and head": tied * 2 * b, "reduce-scatter": 0 if tied else 4 * E},
-        "in another layer's backward": {
-            **base, "gradients": early, "kept for backward": (shape.layers - 1) * one,
-            "layer in backward": recomputed, "gathered layers": P * (b + ahead),
-            "embedding and head": tied * 2 * b, "reduce-scatter": 4 * P},
-        "in the first layer's backward": {
-            **base, "gradients": there, "kept for backward": one, "layer in backward": recomputed,
-            "gathered layers": P * b, "embedding and head": tied * 2 * b or E * ahead,
-            "reduce-scatter": 4 * P},
+            **always(N), **kept, **tiles, "embedding and head": 2 * E * b, "gathered layers": P * ahead},
+        # What is kept goes as gradients come, so the most is at one end.
+        "in the last layer's backward": in_layer(shape.layers - 1),
+        "in the last but one layer's backward": in_layer(max(0, shape.layers - 2)),
+        "in the second layer's backward": in_layer(min(1, shape.layers - 1)),
+        "in the first layer's backward": in_layer(0),
         "in the embedding's backward": {
-            **base, "gradients": there, "reduce-scatter": 4 * P,
+            **always(E), "reduce-scatter": 4 * P,
             # Autograd adds a tied weight's two gradients into a third tensor.
             "embedding and head": (4 if tied else 2) * E * b},
         "when the embedding's gradient is reduced": {
-            **base, "gradients": max(0, there - E * reduced) if is_first else there,
-            "embedding and head": of_group, "reduce-scatter": E * (4 + reduced)},
+            **always(E), "embedding and head": of_group, "reduce-scatter": E * (4 + reduced)},
     }
     if not tied:
         moments["when the head's gradient is reduced"] = {
-            **base, "gradients": early, **kept, "embedding and head": of_group, "gathered layers": P * ahead,
+            **always(N), **kept, "embedding and head": of_group, "gathered layers": P * ahead,
             "reduce-scatter": E * (4 + reduced)}
     if offload and cuda:
         visiting = {"moments": 2, "gradients": 3, "all": 4}[offload]  # numbers per parameter
-        moments["in the update"] = {**base, "gradients": there, "visitors": 2 * visiting * 4 * E / s}
+        moments["in the update"] = {**always(0), "visitors": 2 * visiting * 4 * E / s}
     return {**moments, "host": on_host}
 
 

@@ -24,6 +24,7 @@ PAIRS = [plan.data.Pair([1] * 200, [1] * 50, [1] * 50, "")] * 64
     (False, "--offload all --shard-size 2"),
     (True, "--offload moments --tokens-per-micro-batch 300"),
     (True, "--no-activation-checkpointing"),
+    (False, "--tokens-per-micro-batch 8192 --batch-size 4"),  # one micro-batch
 ])
 def test_the_formula_is_what_the_trainer_allocates(tied, flags):
     assert not dist.is_initialized()
