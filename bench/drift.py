@@ -5,7 +5,7 @@
     python bench/drift.py --epochs 2          # 94, as in README's first run
 
 The naive one has whole logits, one sequence at a time and every prefix twice. Printed are how far the losses
-are apart, step by step, how far the trained weights (norms), and what both answer to held-out problems.
+are apart, step by step, how far the exported weights (norms), and what both answer to held-out problems.
 """
 
 import argparse
@@ -32,6 +32,7 @@ def answers_of(model: str, config: argparse.Namespace) -> list[Sample]:
 
 def compare(config: argparse.Namespace, folder: str) -> dict:
     naive_losses, naive = naive_training(config)
+    naive.to(AutoModelForCausalLM.from_pretrained(config.model).dtype)  # as the trainer exports
     naive.save_pretrained(f"{folder}/naive")
     AutoTokenizer.from_pretrained(config.model).save_pretrained(f"{folder}/naive")
     stepdpo.train(config)
@@ -41,8 +42,8 @@ def compare(config: argparse.Namespace, folder: str) -> dict:
     start, ours = (AutoModelForCausalLM.from_pretrained(model).state_dict()
                    for model in (config.model, f"{config.output_dir}/model"))
     theirs = naive.state_dict()
-    moved = sum((theirs[name] - start[name]).square().sum() for name in start).sqrt()
-    apart = sum((theirs[name] - ours[name]).square().sum() for name in start).sqrt()
+    moved = sum((theirs[name] - start[name]).double().square().sum() for name in start).sqrt()
+    apart = sum((theirs[name] - ours[name]).double().square().sum() for name in start).sqrt()
 
     answers = [answers_of(model, config) for model in (f"{config.output_dir}/model", f"{folder}/naive")]
     return {"losses": losses, "naive_losses": naive_losses, "weights_moved": moved.item(),
