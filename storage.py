@@ -369,11 +369,13 @@ def export(policy: nn.Module, source: str, folder: str) -> None:
                 if name.endswith((".json", ".jinja", ".txt", ".model")):
                     shutil.copy(f"{source}/{name}", unfinished)
 
-    for path in progress(weight_files(source), "exporting", unit="file"):
+    tensors, stored_in = policy.model.state_dict(), weight_files(source)
+    places = places_in(policy.model, itertools.chain(*stored_in.values()))
+    for path in progress(stored_in, "exporting", unit="file"):
         if is_writer:
-            write_weights(policy, f"{source}/{path}", f"{unfinished}/{path}")
+            write_weights(tensors, places, f"{source}/{path}", f"{unfinished}/{path}")
         elif is_of_first_copy(next(policy.parameters())):
-            send_weights(policy, f"{source}/{path}")
+            send_weights(tensors, places, f"{source}/{path}")
 
     if is_writer:
         with writing(folder):  # a folder that is there and not empty is not replaced
@@ -391,11 +393,9 @@ def read_header(path: str) -> tuple[bytes, dict[str, dict]]:
     return start + header, dict(sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]))
 
 
-def write_weights(policy: nn.Module, source: str, path: str) -> None:
+def write_weights(tensors: dict[str, Tensor], places: dict[str, Place], source: str, path: str) -> None:
     """Write a file of weights again, with the numbers of the model where it has them. On rank 0."""
-    tensors = policy.model.state_dict()
     header, stored = read_header(source)
-    places = places_in(policy.model, stored)
     with writing(path), open(source, "rb") as before:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "wb") as after:
@@ -427,16 +427,16 @@ def received_blocks(tensor: Tensor, place: Place, dtype: str) -> Iterator[Tensor
         yield block
 
 
-def send_weights(policy: nn.Module, source: str) -> None:
+def send_weights(tensors: dict[str, Tensor], places: dict[str, Place], source: str) -> None:
     """What `received_blocks` waits for while a file is written, from this rank."""
-    tensors, (_, stored) = policy.model.state_dict(), read_header(source)
-    for name, place in places_in(policy.model, stored).items():
+    for name, about in read_header(source)[1].items():
+        place = places[name]
         if place.name not in tensors:
             continue
         tensor = tensors[place.name]
         for shard, here, _ in blocks_of(place, tensor):
             if shard > 0 and shard == shard_of(tensor)[0]:
-                dist.send(to_be_stored(local_of(tensor)[here], stored[name]["dtype"]), 0)
+                dist.send(to_be_stored(local_of(tensor)[here], about["dtype"]), 0)
 
 
 def to_be_stored(numbers: Tensor, dtype: str) -> Tensor:
