@@ -35,6 +35,7 @@ bf16 compute over fp32 master weights):
 
 import argparse
 import datetime
+import glob
 import hashlib
 import importlib.util
 import json
@@ -287,7 +288,7 @@ def finished_before(path: str, key: dict) -> dict[tuple[int, str], dict]:
     """(round, name) -> run, of this very command and code if it was stopped; else the file starts anew."""
     code = [f"{HERE}/train.py", f"{HERE}/common.py"]
     for checkout in filter(None, (ROOT, key["other"])):
-        code += [f"{checkout}/{name}" for name in ("data.py", "kernels.py", "stepdpo.py")]
+        code += sorted(glob.glob(f"{glob.escape(checkout)}/*.py"))
     for name in code:
         with open(name, "rb") as file:
             key[name] = hashlib.sha256(file.read()).hexdigest()
