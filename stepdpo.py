@@ -591,7 +591,7 @@ def save_if_due(policy: Policy, optimizer: torch.optim.Optimizer, done: int, ste
     if stopping or config.save_every and (is_last or done % config.save_every == 0):
         path = f"{config.output_dir}/metrics.jsonl"
         runs.save_checkpoint(policy, optimizer, f"{config.output_dir}/checkpoints", done,
-                                files.read_bytes(path).decode() if dist.get_rank() == 0 else "")
+                             files.read_bytes(path).decode() if dist.get_rank() == 0 else "")
     if stopping:
         print0(f"stopped     after optimizer step {done} of {steps}; "
                "the same command with --resume continues")

@@ -30,9 +30,9 @@ import sys
 from collections.abc import Callable
 from statistics import median
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from common import (  # noqa: E402 (and the root to import from)
+import torch
+import torch.nn.functional as F
+from common import (  # and the root to import from
     CUDA,
     HERE,
     announced_environment,
@@ -40,10 +40,10 @@ from common import (  # noqa: E402 (and the root to import from)
     seconds,
     write,
 )
-from torch import Tensor  # noqa: E402
-from torch.utils.checkpoint import checkpoint  # noqa: E402
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-import kernels  # noqa: E402
+import kernels
 
 SHAPES = ["1024,8192,152064", "2048,3584,152064", "4096,4096,128256", "512,2048,151936"] if CUDA else \
          ["256,576,49152", "64,896,151936"]  # on a CPU the heads of SmolLM2-135M and Qwen2-0.5B
