@@ -102,21 +102,21 @@ def add_stage_flags(parser: argparse.ArgumentParser) -> None:
     add("--by", choices=("rollouts", "judge", "both", "human"), default="rollouts",
         help="who finds it: pass rates of the model's own rollouts; a judge; both, kept where they agree; or "
              "you: DIR/located.jsonl is then a file to fill in [rollouts]")
-    add("--screen", type=COUNT, default=4, help="give up a problem if none of its first N samples "
-        "is right; not more than --rollouts [4]", metavar="N")
-    add("--min-pass-rate", type=SHARE, default=0.25, help="or if its pass rate V(0) is below this [0.25]")
-    add("--rollouts", type=COUNT, default=8, help="samples for one pass rate [8]")
-    add("--good-ratio", type=SHARE, default=0.5,
-        help="the first j steps count as right if V(j) after them is above this times V(0) [0.5]")
-    add("--confirmations", type=COUNT, default=16, help="fresh samples before and after a step [16]")
-    add("--bad-ratio", type=SHARE, default=1 / 3,
-        help="it is confirmed as wrong if V after it is at most this times V before it [0.333]")
+    add("--screen", type=COUNT, default=4, metavar="N",
+        help="give up a problem if none of its first N samples is right [4]")
+    add("--rollouts", type=COUNT, default=4, help="samples of a solution per wave of the search [4]")
+    add("--max-rollouts", type=COUNT, default=48, help="give up a solution after so many [48]")
+    add("--certainty", type=SHARE, default=0.9,
+        help="a step is the first wrong one if that is at least so probable [0.9]")
+    add("--max-recovery", type=PART, default=0.5,
+        help="what part of the pass rate may be left after a wrong step, because models recover [0.5]")
 
     add = parser.add_argument_group("rectify: a right step in its place").add_argument
     add("--rectify-samples", type=COUNT, default=20,
-        help="continuations of the right steps, those of `locate` counted; paper: 20 [20]")
+        help="continuations of the right steps, those of `locate` among them; paper: 20 [20]")
     add("--check", choices=("rollouts", "judge"), default="rollouts", help="who says that a chosen step is "
         "right: a pass rate after it no lower than before it, or the judge [rollouts]")
+    add("--check-rollouts", type=COUNT, default=8, help="samples for that pass rate [8]")
     add("--tries", type=COUNT, default=3, help="chosen steps checked per located error [3]")
     add("--max-length-ratio", type=RATIO, default=4.0,
         help="how many times longer or shorter than the rejected step a chosen one may be [4]")

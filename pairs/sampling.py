@@ -192,32 +192,30 @@ class Samples:
         self.sampler = sampler or kind(settings, self.tokenizer)
         self.tokens = 0  # that this rank has sampled
 
-    def draw(self, prefixes: list[tuple[Problem, str]], count: int, first: int = 0,
+    def draw(self, prefixes: list[tuple[Problem, str]], count: int, first: list[int] | None = None,
              label: str = "sampling") -> list[list[Sample]]:
-        """Samples first .. first + count - 1 of each prefix of an answer to a problem.
+        """`count` samples of each prefix of an answer to a problem, from its own number `first` on, or 0.
 
         A prefix ends in `Step k:`, or is empty. Equal prefixes have equal samples. Collective: the ranks
         share what has to be drawn, and all return all.
         """
-        keys = {}
-        for problem, prefix in prefixes:
+        wanted, missing = [], {}
+        for (problem, prefix), start in zip(prefixes, first or [0] * len(prefixes), strict=True):
             name = problem.key(prefix)
-            keys[problem, prefix] = [f"{name} {n}" for n in range(first, first + count)]
-
-        missing = {}
-        for start, of_prefix in keys.items():
-            absent = [key for key in of_prefix if key not in self.cache.rows]
-            if absent:
-                missing[start] = absent
+            keys = [f"{name} {n}" for n in range(start, start + count)]
+            wanted.append(keys)
+            absent = [key for key in keys if key not in self.cache.rows]
+            missing.setdefault((problem, prefix), {}).update(dict.fromkeys(absent))
         # Shared out by prefix, so that a prompt is read on one rank only.
-        own = list(missing.items())[self.cache.rank::self.cache.ranks]
+        missing = [(start, list(absent)) for start, absent in missing.items() if absent]
+        own = missing[self.cache.rank::self.cache.ranks]
         if own:
             self._draw_missing(own, label)
         self.cache.share()
 
         drawn = []
-        for start in prefixes:
-            rows = [self.cache.rows[key] for key in keys[start]]
+        for keys in wanted:
+            rows = [self.cache.rows[key] for key in keys]
             drawn.append([Sample(*(row[name] for name in Sample._fields)) for row in rows])
         return drawn
 

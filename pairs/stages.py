@@ -14,6 +14,7 @@ from argparse import Namespace
 from collections import Counter
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch.distributed as dist
 
 from data import read_rows
@@ -23,6 +24,9 @@ from .grading import paired_gain, wilson_interval
 from .judge import Judge
 from .problems import STEP_PREFIX, Problem, Step, find_steps, read_problems
 from .sampling import Sample, Samples, Settings
+
+Array = np.ndarray
+RATES = np.geomspace(0.03, 0.95, 10)[:, None]  # pass rates as long as all steps are right, each as likely
 
 
 @dataclass(eq=False)
@@ -34,12 +38,15 @@ class Wrong:
     steps: list[Step]            # empty if they are not numbered 1..n
     status: str = ""             # why it goes no further, as "stage: reason"; "" as long as it does
     step: int | None = None      # the first wrong one, 1..n; 0 if none is; None if that is not known
-    low: int = 0                 # in the search: the first `low` steps count as right,
-    high: int = 0                # the first `high` do not
-    pass_rates: list[float] = field(default_factory=list)  # V at the start, before the step, after it
+    passed: list[int] = field(init=False)  # of the samples drawn after 0..n-1 steps to find the step
+    drawn: list[int] = field(init=False)
+    certainty: float | None = None         # that the step is the first wrong one
     rate_before: float = 0.0     # V before the step, by all samples
     candidates: list[list[Step]] = field(default_factory=list)  # steps of solutions that pass: see `rectify`
     pairs: list[dict] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.passed, self.drawn = [0] * len(self.steps), [0] * len(self.steps)
 
     def after(self, j: int) -> tuple[Problem, str]:
         """The prefix of samples that go on after the first j steps."""
@@ -134,65 +141,61 @@ def locate(rows: list[Wrong], samples: Samples, judge: Judge | None, args: Names
 
 
 def locate_by_rollouts(rows: list[Wrong], samples: Samples, args: Namespace) -> None:
-    """The first wrong step, as the one after which the model seldom gets the answer right.
-
-    V(n) = 0, as the n steps end in a wrong answer. "Wrong" is not V = 0, because models recover from errors,
-    but at most half of V(0). Binary search keeps V(low) > V(0)/2 >= V(high) until high = low + 1. Every V is
-    a guess from few samples, so fresh ones confirm the drop over that one step.
-    """
+    """The first wrong step, as the one after which the model seldom gets the answer right: a noisy binary
+    search. Each wave samples, for each row, where that promises to halve what is still possible."""
     # Problems that the model never solves are given up early, after few samples.
-    for count in (min(args.screen, args.rollouts), args.rollouts):
-        still_open = open_rows(rows)
-        rates = pass_rates([row.after(0) for row in still_open], samples, count)
-        for row, rate in zip(still_open, rates, strict=True):
-            row.pass_rates, row.high = [rate], len(row.steps)
-            if rate == 0:
-                row.status = f"located: none of the first {count} samples of the problem passes"
-    for row in open_rows(rows):
-        if row.pass_rates[0] < args.min_pass_rate:
-            row.status = "located: the problem's pass rate is below --min-pass-rate"
+    roll_out(rows, [0] * len(rows), args.screen, samples)
+    for row in rows:
+        if row.passed[0] == 0:
+            row.status = f"located: none of the first {args.screen} samples of the problem passes"
 
-    # Halve all that is still open with one wave of samples; after log2(steps) waves nothing is.
-    searching = [row for row in open_rows(rows) if row.high - row.low > 1]
+    searching = open_rows(rows)
     while searching:
-        middles = [(row.low + row.high) // 2 for row in searching]
-        rates = pass_rates([row.after(middle) for row, middle in zip(searching, middles, strict=True)],
-                           samples, args.rollouts)
-        for row, middle, rate in zip(searching, middles, rates, strict=True):
-            if rate > args.good_ratio * row.pass_rates[0]:
-                row.low = middle
+        middles = []
+        for row in searching:
+            chances = chances_of_steps(row.passed, row.drawn, args.max_recovery)
+            row.certainty = float(chances.max())
+            if row.certainty >= args.certainty:
+                row.step = int(chances.argmax()) + 1
+            elif sum(row.drawn) >= args.max_rollouts:
+                row.status = "located: no step is certain after --max-rollouts samples"
             else:
-                row.high = middle
-        searching = [row for row in searching if row.high - row.low > 1]
-
-    confirm(open_rows(rows), samples, args)
-
-
-def pass_rates(prefixes: list[tuple[Problem, str]], samples: Samples, count: int, first: int = 0,
-               label: str = "locate") -> list[float]:
-    return [pass_rate(drawn) for drawn in samples.draw(prefixes, count, first, label)]
+                # Whether V is low after j steps tells most if it is as likely as not.
+                is_low = chances.cumsum()[:-1]
+                middles.append(int(abs(is_low - 0.5).argmin()) + 1)
+        searching = [row for row in open_rows(searching) if row.step is None]
+        roll_out(searching, middles, args.rollouts, samples)
 
 
-def confirm(rows: list[Wrong], samples: Samples, args: Namespace) -> None:
-    """Keep a step only if fresh samples show the drop too: good before it, seldom right after it."""
-    # The search went where the pass rates happened to be low, so those rates are biased; fresh ones are not.
-    count, first = args.confirmations, args.rollouts
-    before = pass_rates([row.after(row.low) for row in rows], samples, count, first)
-    for row, rate in zip(rows, before, strict=True):
-        row.pass_rates += [rate, 0.0]  # nothing is right after the last step of a wrong solution
-        if rate <= args.good_ratio * row.pass_rates[0]:
-            row.status = "confirmed: pass rate already low before the step"
+def roll_out(rows: list[Wrong], js: list[int], count: int, samples: Samples) -> None:
+    """Draw `count` more samples of each row that go on after its first j steps."""
+    known = [row.drawn[j] for row, j in zip(rows, js, strict=True)]
+    prefixes = [row.after(j) for row, j in zip(rows, js, strict=True)]
+    for row, j, found in zip(rows, js, samples.draw(prefixes, count, known, "locate"), strict=True):
+        row.drawn[j] += count
+        row.passed[j] += sum(sample.passes for sample in found)
 
-    # Only steps that are not the last can be gone on from.
-    inner = [row for row in open_rows(rows) if row.high < len(row.steps)]
-    after = pass_rates([row.after(row.high) for row in inner], samples, count, first)
-    for row, rate in zip(inner, after, strict=True):
-        row.pass_rates[2] = rate
-        if rate > args.bad_ratio * row.pass_rates[1]:
-            row.status = "confirmed: pass rate still high after the step"
 
-    for row in open_rows(rows):
-        row.step = row.high
+def chances_of_steps(passed: list[int], drawn: list[int], max_recovery: float) -> Array:
+    """The probability of each step 1..n of a wrong solution to be the first wrong one.  # (n,)
+
+    Of `drawn[j]` samples that go on after j steps `passed[j]` are right: at some rate as long as these steps
+    are right, and after a wrong one at a part of it, as models recover from errors, but at most max_recovery.
+    All orders of magnitude of rate and part, and all steps, are as likely beforehand: Bayes' rule on a grid.
+    """
+    parts = max_recovery * np.geomspace(0.1, 1, 3)
+    right = np.array(passed)[:, None, None]  # (n, 1, 1)
+    wrong = np.array(drawn)[:, None, None] - right
+    good = np.broadcast_to(RATES, (len(RATES), len(parts)))
+    bad = parts * RATES
+    log_good = right * np.log(good) + wrong * np.log1p(-good)  # (n, rates, parts)
+    log_bad = right * np.log(bad) + wrong * np.log1p(-bad)
+
+    # If step k is the first wrong one, then 0..k-1 steps are good to go on from, and k..n-1 are bad.
+    likelihoods = log_good.cumsum(0)
+    likelihoods[:-1] += log_bad[::-1].cumsum(0)[::-1][1:]
+    chances = np.exp(likelihoods - likelihoods.max()).sum((1, 2))
+    return chances / chances.sum()
 
 
 def locate_by_judge(rows: list[Wrong], judge: Judge, stage: str) -> None:
@@ -273,10 +276,9 @@ def rectify(located: list[Wrong], samples: Samples, judge: Judge | None, args: N
         seen.add(wrong_step)
     located = open_rows(located)
 
-    # What `locate` drew there to find and confirm the step counts; mostly that is enough.
-    known = args.rollouts + args.confirmations if args.by in ("rollouts", "both") else 0
-    count = max(args.rectify_samples, known)
-    drawn = samples.draw([row.after(row.step - 1) for row in located], count, label="rectify")
+    # Those that `locate` drew there are among these, from the cache.
+    prefixes = [row.after(row.step - 1) for row in located]
+    drawn = samples.draw(prefixes, args.rectify_samples, label="rectify")
     for row, found in zip(located, drawn, strict=True):
         row.rate_before, row.candidates = pass_rate(found), candidates_for(row, found, args)
         if row.rate_before == 0:
@@ -331,8 +333,8 @@ def check(wave: list[Wrong], n: int, samples: Samples, judge: Judge | None, args
     # A candidate that is the last step is right, because the answer is; the others are gone on from.
     inner = [row for row in wave if len(row.candidates[n]) > row.step]
     prefixes = [(row.problem, row.candidates[n][row.step].before) for row in inner]
-    rates = pass_rates(prefixes, samples, args.rollouts, label="check")
-    worse = {row for row, rate in zip(inner, rates, strict=True) if rate < row.rate_before}
+    drawn = samples.draw(prefixes, args.check_rollouts, label="check")
+    worse = {row for row, found in zip(inner, drawn, strict=True) if pass_rate(found) < row.rate_before}
     return [row not in worse for row in wave]
 
 
@@ -380,7 +382,7 @@ def build(solutions: list[tuple[Problem, Sample]], samples: Samples, judge: Judg
 
 def as_line(row: Wrong, args: Namespace) -> dict:
     return {"step": row.step, "status": row.status or "located", "by": args.by, **row.problem._asdict(),
-            "solution": row.solution, "pass_rates": row.pass_rates}
+            "solution": row.solution, "certainty": row.certainty, "passed": row.passed, "drawn": row.drawn}
 
 
 def wait_for_all() -> None:
@@ -404,8 +406,6 @@ def write_rows(path: str, rows: list[dict], mode: str = "w") -> None:
 def report_counts(solutions: int, wrong: list[Wrong], args: Namespace) -> None:
     """Print how many are left after each stage, and why the others are not (from "stage: reason")."""
     stages = ["usable", "located"]
-    if args.by in ("rollouts", "both"):
-        stages.append("confirmed")
     if args.by == "both":
         stages.append("agreed")
 

@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -1236,9 +1237,24 @@ def test_other_thresholds_use_the_same_samples(built, tokenizer, tmp_path, capsy
     (tmp_path / "out").mkdir()
     (tmp_path / "out/samples.jsonl").write_bytes((built[0] / "out/samples.jsonl").read_bytes())
     sampler = Scripted(tokenizer)
-    run_scripted(tmp_path, tokenizer, sampler, "--min-pass-rate=0.9")
+    run_scripted(tmp_path, tokenizer, sampler, "--certainty=0.99", "--max-rollouts=32")
     assert sampler.drawn < built[1] / 10
     assert len(rows_of(tmp_path / "out/pairs.jsonl")) < len(rows_of(built[0] / "out/pairs.jsonl"))
+
+
+def test_the_chances_of_steps_follow_bayes_rule():
+    passed, drawn = [3, 2, 1, 0], [4, 2, 8, 4]
+    likelihoods = []
+    for k in range(1, 5):  # good to go on from are 0 .. k-1 steps
+        grid = [(rate, part) for rate in stages.RATES[:, 0] for part in (0.02, 0.2 / 10**0.5, 0.2)]
+        likelihoods.append(sum(math.prod(
+            p**passed[j] * (1 - p)**(drawn[j] - passed[j])
+            for j, p in enumerate([rate] * k + [part * rate] * (4 - k))) for rate, part in grid))
+    expected = np.array(likelihoods) / sum(likelihoods)
+    np.testing.assert_allclose(stages.chances_of_steps(passed, drawn, 0.2), expected, rtol=1e-9)
+    np.testing.assert_allclose(stages.chances_of_steps([0] * 5, [0] * 5, 0.2), np.full(5, 0.2))
+    assert stages.chances_of_steps([40, 0, 38, 1, 0], [64, 0, 64, 64, 0], 0.2).argmax() == 2
+    assert stages.chances_of_steps([0], [4], 0.2) == 1  # the only step is the wrong one, whatever was drawn
 
 
 def make_wrong(text: str, **known) -> stages.Wrong:
@@ -1593,16 +1609,6 @@ def test_a_bad_place_for_the_output_is_said_before_anything_is_sampled(
     assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "file").read_text() == "mine"
 
 
-def test_to_screen_with_more_samples_than_rollouts_is_to_screen_with_these(tokenizer, tmp_path, capsys):
-    runs = []
-    for screen in ("4", "16"):
-        (tmp_path / screen).mkdir()
-        sampler = Scripted(tokenizer)
-        run_scripted(tmp_path / screen, tokenizer, sampler, "--rollouts=4", "--screen", screen)
-        runs.append((outputs(tmp_path / screen), sampler.drawn))
-    assert runs[0] == runs[1]
-
-
 def _solve_slowly(folder, tokenizer, said):
     keep_stderr(said)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -1669,14 +1675,14 @@ def test_usage_errors(flags, message, capsys):
     assert error.value.code == 2 and message in capsys.readouterr().err
 
 
-COUNTS = ("samples", "concurrency", "screen", "rollouts", "confirmations", "tries", "rectify-samples",
-          "pairs-per-step", "per-problem")
+COUNTS = ("samples", "concurrency", "screen", "rollouts", "max-rollouts", "check-rollouts", "tries",
+          "rectify-samples", "pairs-per-step", "per-problem")
 
 
 @pytest.mark.parametrize("names, values, must", [
     (COUNTS, (10**12, 10_001, 0, -1), "from 1 to 10,000"),
     (["max-new-tokens"], (10**12, 0), "from 1 to 1,000,000"),
-    (["min-pass-rate", "good-ratio", "bad-ratio"], (5, -1, "nan"), "from 0 to 1"),
+    (["certainty"], (5, -1, "nan"), "from 0 to 1"),
     (["temperature"], ("1e-30", "1e30", "nan"), "0, or from 0.01 to 100"),
     (["max-length-ratio"], (0.5, "inf"), "at least 1"),
     (["judge-url", "server"], ("localhost:1", "ftp://h", "http://"), "an address like http://localhost:8000"),
@@ -1696,7 +1702,7 @@ def test_flags_take_hyphens_or_underscores_and_files(tmp_path):
     args = command_line.parse(["build", "--model=m", "--problems=p", "--out=o", "--seed=3",
                                "--batch-tokens=9", "--instruction="])
     assert (args.seed, args.batch_tokens, args.instruction, args.temperature) == (3, 9, "", 0.8)
-    assert (args.samples, args.rectify_samples, args.rollouts, args.bad_ratio) == (2, 20, 8, 1 / 3)
+    assert (args.samples, args.rectify_samples, args.rollouts, args.certainty) == (2, 20, 4, 0.9)
 
 
 def test_the_command_line_end_to_end(tiny, tmp_path, capsys):
