@@ -46,13 +46,14 @@ stage() { # stage NAME LIMIT COMMAND...: at most LIMIT seconds, and none of thos
 }
 
 if [[ -n ${DRY:-} ]]; then
-    many=(--batch-size 4 --steps 1 --rounds 1) few=("${many[@]}") test=(--collect-only) demo=(--max-steps 1)
+    many=(--batch-size 4 --steps 1 --rounds 1) few=("${many[@]}") test=(--collect-only)
+    demo=(--max-steps 1) recipe=$(mktemp)
+    sed 's/--test-problems [^ ]*//' demo/args > "$recipe"
     shapes=(64,32,1000 33,64,1003 --repeats 2 --skip compiled) rows=(--heads 4,2,16 --tokens 700 --repeats 2)
     settings=(--ours='--offload gradients')
     shaped() { echo "--model demo/model"; }
 else
-    many=(--batch-size 64 --steps 4 --rounds 2) few=(--batch-size 8 --steps 3 --rounds 1) test=()
-    demo=(--test-problems demo/test.jsonl)
+    many=(--batch-size 64 --steps 4 --rounds 2) few=(--batch-size 8 --steps 3 --rounds 1) test=() demo=() recipe=demo/args
     shapes=(1024,8192,152064 2048,3584,152064 8192,4096,151936) rows=()
     settings=(--ours='--tokens-per-micro-batch 4096' --ours=--compile --ours='--offload moments'
               --ours='--offload gradients')
@@ -72,8 +73,7 @@ run_stage() {
     # A pass holds for the code that passed, so its name carries that code's hash.
     tests) stage "tests-$(cat ./*.py | sha256sum | cut -c1-12)" 300 \
         "$python" -m pytest -q -p no:cacheprovider -k cuda test_stepdpo.py "${test[@]}" ;;
-    demo) stage demo 200 "$python" stepdpo.py --model demo/model --data demo/pairs.jsonl --max-length 256 \
-        --instruction '' --learning-rate 3e-5 --batch-size 32 --epochs 2 --output-dir "$(mktemp -d)/out" "${demo[@]}" ;;
+    demo) stage demo 200 "$python" stepdpo.py "@$recipe" --output-dir "$(mktemp -d)/out" "${demo[@]}" ;;
     same-demo) stage same-demo 200 "$python" bench/train.py --model demo/model --data demo/pairs.jsonl \
         --learning-rate 3e-5 "${few[@]}" "${against_cpu[@]}" --out "$results/same-demo-$device.json" ;;
     same-0.5b) steps same-0.5b 0.5b "${few[@]}" "${against_cpu[@]}" ;;

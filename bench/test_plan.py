@@ -83,7 +83,7 @@ def test_real_pairs_give_real_lengths(capsys, monkeypatch):
     monkeypatch.chdir(HERE)
     plan.main()
     text = capsys.readouterr().out
-    assert "376 optimizer steps of 32 pairs, 116 tokens each, in" in text and "assumed" not in text
+    assert "96 optimizer steps of 32 pairs, 270 tokens each, in" in text and "assumed" not in text
 
 
 def test_what_cannot_be_trained_is_not_planned(tmp_path):

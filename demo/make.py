@@ -1,182 +1,190 @@
 #!/usr/bin/env python3
 """Makes everything in demo/ from nothing: problems, a model that solves about half of them, its step pairs.
 
-    python demo/make.py                               # 20 minutes on 2 cores of an AMD EPYC
+    python demo/make.py                               # 50 minutes on 2 cores of an AMD EPYC
     python demo/make.py --problems problems.jsonl     # only the problems that pairs are made of, in seconds
 
-1. 48,000 word problems of 2 to 5 dependent steps with worked solutions, 6,000 others to make pairs of, and
-   500 to test on. No problem is in two sets.
-2. A Qwen2 of 1.3M random parameters learns the worked solutions (demo/sft.py, 1,500 steps of 32). Some of
-   these are wrong, as what a language model learns from is: people overlook the "each" in "9 pens to each of
-   4 friends" and add where "fewer" asks for a difference, and so do the solutions, in 3 of 5 such places.
+1. 24,000 word problems of 6 to 12 dependent steps with worked solutions, 1,200 others to make pairs of, and
+   500 to test on. No problem is in two sets. Each step is worded in one of several ways, often with a filler
+   before it or a remark behind it.
+2. A Qwen2 of 1.3M random parameters learns the worked solutions (demo/sft.py). Some of these are wrong, as
+   what a language model learns from is: people overlook the "apiece" in "gives 4 friends 9 pens apiece" and
+   add where "fewer" asks for a difference, and so do the solutions, in 3 of 5 such places. But such wording
+   is rare (--tempting), as the errors of a strong model are: a wrong solution mostly holds a single one.
    The rest of the model's errors are arithmetic that it has not learned yet.
 3. Step pairs out of the model's own samples (python -m pairs build). Nobody tells which step is wrong: only
-   the final answers are known. The pairs of the last 300 problems are held out for evaluation.
+   the final answers are known. The pairs of the last 150 problems are held out for evaluation.
 
-Run twice on one machine it gives the same bytes. (demo/pairs.jsonl has the same pairs in another order: that
-in which an earlier version wrote them.) Another kind of processor or version of torch rounds otherwise, and
-so gives another model.
+Run twice on one machine it gives the same bytes. Another kind of processor or version of torch rounds
+otherwise, and so gives another model.
 """
 
 import argparse
 import json
 import os
 import random
+import re
 import subprocess
 import sys
+from typing import NamedTuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 HERE = os.path.join(ROOT, "demo")
+sys.path.insert(0, ROOT)
+from pairs.problems import find_steps  # noqa: E402
+
 NAMES = "Ada Ben Cleo Dan Eva Finn Gina Hugo Iris Jack Kim Leo Mia Nora Omar Pia Rosa Sam Tara Vera".split()
 ITEMS = "pens apples books coins cards shells stamps beads cookies marbles stickers eggs".split()
-SEED, SIZES = 0, dict(train=48000, test=500, problems=6000)
-HELD_OUT = 300  # the last of the problems: their pairs are for evaluation
-EVENTS = "buys loses loses friends packs half double".split()
-# Where a solution that is taught may overlook "each" or "fewer", and how often it does.
-SLIPS, SLIP_RATE = ("friends", "packs", "fewer"), 0.6
+SEED, SIZES = 0, dict(train=24000, test=500, problems=1200)
+HELD_OUT = 150  # the last of the problems: their pairs are for evaluation
+STEPS = 6, 12   # of a problem, at least and at most
+TEMPTING, SLIP_RATE = 0.15, 0.6  # shares: of the wordings that tempt, of the steps that slip there
+NEW_TOKENS = "320"  # of an answer, at most, as in demo/build_args
 QWEN2_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CHAT = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
-
 # ------------------------------------------------------------------------------------------------ problems
-# A problem is a list of moves (kind, a, k) that change how many items somebody has. `told` puts a move into
-# the problem's words, `step` into the solution's, for the x items there are at that point.
+# A problem is a list of moves (kind, a, k), each of which changes how many items somebody has.
+
+TOLD = {"boxes": "{name} has {k} boxes with {a} {item} in each.",
+        "buys": "{name} buys {a} more {item}.",
+        "loses": "{name} loses {a} {item}.",
+        "friends": "{name} gives {a} {item} to each of {k} friends.",
+        "bags": "{name} buys {k} bags with {a} {item} in each.",
+        "half": "{name} sells half of the {item}.",
+        "double": "Then {name} has twice as many {item}.",
+        "count": "How many {item} does {name} have now?",
+        "price": "{name} sells all {item} for {k} dollars each. How many dollars does {name} get?"}
+# The same in words that tempt to overlook something, and the sign of the sum x + a or x - a that a slip is.
+TEMPTING_TOLD = {"buys": "{a} {item} come back to {name}.",
+                 "loses": "Then {name} has {a} fewer {item}.",
+                 "friends": "{name} gives {k} friends {a} {item} apiece.",
+                 "bags": "{name} buys {k} bags of {a} {item}."}
+SLIPS = {"buys": "-", "loses": "+", "friends": "-", "bags": "+"}
+EVENTS = "buys loses friends bags half double".split()
+
+# Words of a step around its sum, those of no model, and what may stand before and behind any step.
+AFTER = {"boxes": "at first", "buys": "after buying", "loses": "after the loss", "friends": "after giving",
+         "bags": "with the bags", "half": "after selling", "double": "after doubling", "price": "in dollars"}
+WORDINGS = ("{name} has {sum} {item} {after}.", "{after} that makes {sum} {item}.",
+            "{after} {name} is at {sum}.", "{sum} {item} {after}.")
+FOREIGN = "{name} counts again: {sum}, as everybody can see."
+FILLERS = ("", "", "", "well, ", "next, ", "now ")
+REMARKS = ("", "", "", "", " Good.", " We go on from there.", " That was easy.")
 
 
-def told(move: tuple, name: str, friend: str, item: str) -> str:
-    kind, a, k = move
-    return {"has": f"{name} has {a} {item}.",
-            "boxes": f"{name} has {k} boxes with {a} {item} in each.",
-            "buys": f"{name} buys {a} more {item}.",
-            "loses": f"{name} loses {a} {item}.",
-            "friends": f"{name} gives {a} {item} to each of {k} friends.",
-            "packs": f"{name} buys {k} bags with {a} {item} in each.",
-            "half": f"{name} sells half of the {item}.",
-            "double": f"Then {name} has twice as many {item}.",
-            "price": f"{name} sells all {item} for {k} dollars each. How many dollars does {name} get?",
-            "bags": f"{name} puts all {item} in bags of {k}. How many bags does {name} fill?",
-            "count": f"How many {item} does {name} have now?",
-            "more": f"{friend} has {a} more {item} than {name}.",
-            "fewer": f"{friend} has {a} fewer {item} than {name}.",
-            "times": f"{friend} has twice as many {item} as {name}.",
-            "together": f"How many {item} do {name} and {friend} have together?"}[kind]
+class Move(NamedTuple):
+    kind: str
+    a: int
+    k: int
+    tempting: bool  # whether it is told in tempting words
 
 
-def step(move: tuple, x: int, z: int, slip: bool, name: str, friend: str,
-         item: str) -> tuple[str, str, int, int]:
-    """(the step as it is taught, the step in other words, x and z after it): name has x items, the friend z.
-    With `slip` what is taught is wrong as people get it wrong: see SLIPS."""
-    kind, a, k = move
-    n = a if slip else k * a
-    times = f"{a}" if slip else f"{k}*{a}={n}"
+def sum_of(move: Move, x: int, slip: bool) -> tuple[str, int]:
+    """(the sum that a move makes of x items, its result). With `slip` it is wrong, as people get it wrong."""
+    kind, a, k, _ = move
+    if slip:
+        y = x + a if SLIPS[kind] == "+" else x - a
+        return f"{x}{SLIPS[kind]}{a}={y}", y
     match kind:
         case "boxes":
-            return (f"{name} starts with {k}*{a}={n} {item}.",
-                    f"{k} boxes with {a} {item} in each are {a}*{k}={n}.", n, z)
+            return f"{k}*{a}={k * a}", k * a
         case "buys":
-            return (f"After buying more, {name} has {x}+{a}={x + a} {item}.",
-                    f"{name} buys {a} more, so there are {a}+{x}={x + a} {item} now.", x + a, z)
+            return f"{x}+{a}={x + a}", x + a
         case "loses":
-            return (f"After the loss, {name} has {x}-{a}={x - a} {item}.",
-                    f"{name} loses {a}, so {x}-{a}={x - a} {item} are left now.", x - a, z)
+            return f"{x}-{a}={x - a}", x - a
         case "friends":
-            return (f"{name} gives away {times} and keeps {x}-{n}={x - n} {item}.",
-                    f"{k} friends with {a} each are {a}*{k}={n}, so {x}-{n}={x - n} {item} are left now.",
-                    x - n, z)
-        case "packs":
-            return (f"The bags hold {times}, so {name} has {x}+{n}={x + n} {item}.",
-                    f"{k} bags with {a} each are {a}*{k}={n}, so there are {n}+{x}={x + n} {item} now.",
-                    x + n, z)
-        case "half":
-            return (f"Half of them are sold, so {x}/2={x // 2} {item} are left.",
-                    f"{name} sells half, so {name} keeps {x}/2={x // 2} {item}.", x // 2, z)
-        case "double":
-            return (f"Now {name} has 2*{x}={2 * x} {item}.",
-                    f"As there are twice as many now, {name} has {x}*2={2 * x} {item}.", 2 * x, z)
-        case "price":
-            return (f"{name} gets {x}*{k}={x * k} dollars.",
-                    f"{x} {item} for {k} dollars each are {k}*{x}={x * k} dollars.", x * k, z)
+            return f"{x}-{k}*{a}={x}-{k * a}={x - k * a}", x - k * a
         case "bags":
-            return (f"{name} fills {x}/{k}={x // k} bags.",
-                    f"{x} {item} in bags of {k} are {x}/{k}={x // k} bags.", x // k, z)
-        case "more":
-            return (f"{friend} has {x}+{a}={x + a} {item}.",
-                    f"{a} more than {x} are {a}+{x}={x + a}.", x, x + a)
-        case "fewer":
-            sign, z = ("+", x + a) if slip else ("-", x - a)
-            return f"{friend} has {x}{sign}{a}={z} {item}.", f"{a} fewer than {x} are {x}-{a}={x - a}.", x, z
-        case "times":
-            return f"{friend} has 2*{x}={2 * x} {item}.", f"twice {x} are {x}*2={2 * x}.", x, 2 * x
-        case "together":
-            return (f"Together they have {x}+{z}={x + z} {item}.",
-                    f"{name} and {friend} have {z}+{x}={x + z} {item} together.", x + z, z)
+            return f"{x}+{k}*{a}={x}+{k * a}={x + k * a}", x + k * a
+        case "half":
+            return f"{x}/2={x // 2}", x // 2
+        case "double":
+            return f"2*{x}={2 * x}", 2 * x
+        case "price":
+            return f"{k}*{x}={k * x}", k * x
     raise ValueError(f"kind must be that of a step, got {kind!r}")
 
 
-def possible(move: tuple, x: int, z: int) -> bool:
-    """Whether the move comes out even, above zero and in small numbers."""
-    kind, a, k = move
-    return {"buys": x + a < 100, "loses": a < x, "friends": k * a < x,
-            "packs": x + k * a < 100, "half": x % 2 == 0, "double": x < 50, "price": x * k < 200,
-            "bags": x % k == 0, "more": x + a < 100, "fewer": a < x, "times": x < 50}.get(kind, True)
-
-
-def solution(moves: list[tuple], who: tuple, slips: random.Random | None = None) -> list[tuple] | None:
-    """The steps of the moves; with `slips` some are wrong. None if a move is not possible."""
-    x, z, steps = moves[0][1], 0, []
-    for move in moves[1:] if moves[0][0] == "has" else moves:
-        if not possible(move, x, z):
+def sums(moves: list[Move], slips: random.Random | None = None) -> list[tuple[str, int]] | None:
+    """The sums of all moves and their results; with `slips` some are wrong. None if one of them does not come
+    out even, above zero and small."""
+    x, found = 0, []
+    for move in moves:
+        slip = slips is not None and move.tempting and slips.random() < SLIP_RATE
+        if move.kind == "half" and x % 2:
             return None
-        slip = slips is not None and move[0] in SLIPS and slips.random() < SLIP_RATE
-        *texts, x, z = step(move, x, z, slip, *who)
-        steps.append((*texts, x))
+        text, x = sum_of(move, x, slip)
+        if not 0 < x < (400 if move.kind == "price" else 100):
+            return None
+        found.append((text, x))
+    return found
+
+
+def worded(moves: list[Move], sums: list[tuple[str, int]], who: dict, rng: random.Random) -> list[str]:
+    """Steps as they are taught: each in one of several wordings, some with a filler or a remark."""
+    steps = []
+    for move, (text, _) in zip(moves, sums, strict=True):
+        words = rng.choice(WORDINGS).format(sum=text, after=AFTER[move.kind], **who)
+        words = rng.choice(FILLERS) + words
+        steps.append(words[0].upper() + words[1:] + rng.choice(REMARKS))
     return steps
 
 
-def problem(rng: random.Random) -> dict:
-    """A problem of 2-5 dependent steps: prompt and answer; its right steps, and the same in `other` words;
-    and the steps of a solution as it is taught, with slips, and their answer."""
-    *who, other = rng.sample(NAMES, 3)
-    item, unrelated = rng.sample(ITEMS, 2)
-    who = (*who, item)
+def problem(rng: random.Random, tempting: float = TEMPTING) -> dict:
+    """A problem of STEPS dependent steps: prompt and answer; the sums of its right steps, and their results;
+    the steps of a solution as it is taught, with slips, and their answer."""
+    who = dict(name=rng.choice(NAMES), item=rng.choice(ITEMS))
 
-    def move(*kinds: str) -> tuple[str, int, int]:
-        kind = rng.choice(kinds)
-        low, high = (2, 9) if kind in ("friends", "packs", "boxes") else (3, 40)
-        return kind, rng.randint(low, high), rng.randint(2, 5)
+    def move(kind: str) -> Move:
+        a = rng.randint(2, 9) if kind in ("friends", "bags", "boxes") else rng.randint(2, 15)
+        return Move(kind, a, rng.randint(2, 5), kind in SLIPS and rng.random() < tempting)
 
+    length, has_price = rng.randint(*STEPS), rng.random() < 0.5
     while True:
-        length, end = rng.randint(2, 5), rng.choice(("count", "price", "bags", "together", "together"))
-        moves = [move("boxes", "boxes", "has")] if end != "together" or length > 2 else [move("has")]
-        ending = [move("more", "fewer", "fewer", "times")] if end == "together" else []
-        ending.append(move(end))
-        events = length - (moves[0][0] == "boxes") - len(ending) + (end == "count")
-        moves += [move(*EVENTS) for _ in range(events)] + ending
-        counted = [move for move in moves if move[0] != "count"]
-        steps, taught = solution(counted, who), solution(counted, who, rng)
-        if events >= 0 and steps and taught:
+        events = [rng.choice(EVENTS) for _ in range(length - 1 - has_price)]
+        moves = [move(kind) for kind in ["boxes", *events, *["price"] * has_price]]
+        right, taught = sums(moves), sums(moves, rng)
+        if right and taught:
             break
-    text = [told(move, *who) for move in moves]
-    if rng.random() < 0.3:  # a number that must not be used
-        text.insert(1, f"{other} has {rng.randint(2, 99)} {unrelated}.")
-    return dict(prompt=" ".join(text), answer=str(steps[-1][2]), steps=[own for own, _, _ in steps],
-                other=[reworded for _, reworded, _ in steps], taught=[own for own, _, _ in taught],
-                taught_answer=str(taught[-1][2]))
+    told = [(TEMPTING_TOLD if move.tempting else TOLD)[move.kind].format(a=move.a, k=move.k, **who)
+            for move in moves]
+    if not has_price:
+        told.append(TOLD["count"].format(**who))
+    return dict(prompt=" ".join(told), answer=str(right[-1][1]), results=[y for _, y in right],
+                steps=worded(moves, right, who, rng),
+                foreign=[FOREIGN.format(sum=text, **who) for text, _ in right],
+                taught=worded(moves, taught, who, rng), taught_answer=str(taught[-1][1]))
 
 
-def problem_sets(seed: int, **counts: int) -> dict[str, list[dict]]:
+def problem_sets(seed: int, tempting: float = TEMPTING, **counts: int) -> dict[str, list[dict]]:
     """Sets of problems by name, as many as SIZES and `counts` say. No problem is in two sets, and a set does
     not depend on those asked for after it."""
     seen, sets = set(), {}
     for name, count in (SIZES | counts).items():
-        rng, sets[name] = random.Random(f"{name} {seed}"), []
+        rng, sets[name] = random.Random(f"{name} {seed} {tempting}"), []
         while len(sets[name]) < count:
-            row = problem(rng)
+            row = problem(rng, tempting)
             if row["prompt"] not in seen:
                 seen.add(row["prompt"])
                 sets[name].append(row)
     return sets
+
+
+def results_of(solution: str) -> list[int | None]:
+    """What each numbered step of a solution comes to: the last result in it, whatever its words."""
+    found = [re.findall(r"=(\d+)", step.text) for step in find_steps(solution) or []]
+    return [int(numbers[-1]) if numbers else None for numbers in found]
+
+
+def first_wrong(solution: str, results: list[int]) -> int:
+    """The first step of a wrong solution that does not come to what it should, or should not be there."""
+    found = results_of(solution)
+    for k, (number, should_be) in enumerate(zip(found, results, strict=False), 1):
+        if number != should_be:
+            return k
+    return min(len(found), len(results) + 1)
 
 
 # --------------------------------------------------------------------------------------- model and its pairs
@@ -237,10 +245,11 @@ def only(rows: list[dict], *names: str) -> list[dict]:
     return [{name: row[name] for name in names} for row in rows]
 
 
-def make_pairs(model: str, problems: str, work: str) -> list[dict]:
+def build_pairs(model: str, problems: str, out: str, *flags: str) -> list[dict]:
     run(1, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "pairs", "build", "@demo/build_args",
-        "--model", model, "--problems", problems, "--seed", str(SEED), "--out", f"{work}/build")
-    return read(f"{work}/build/pairs.jsonl")
+        "--model", model, "--problems", problems, "--out", out, *flags)
+    path = f"{out}/pairs.jsonl"
+    return read(path) if os.path.exists(path) else []  # `--by human` ends before there are any
 
 
 def main() -> None:
@@ -250,10 +259,14 @@ def main() -> None:
     parser.add_argument("--work", default=os.path.join(ROOT, "runs/make"),
                         help="folder for what lies in between (default: runs/make)")
     parser.add_argument("--problems", metavar="FILE", help="write the problems to FILE, and nothing else")
+    parser.add_argument("--round", type=int, default=1, metavar="N",
+                        help="with --problems: those of the N-th round (demo/rounds.sh), all different [1]")
     args = parser.parse_args()
-    sets = problem_sets(SEED)
+    later = {f"problems {n}": SIZES["problems"] for n in range(2, args.round + 1)}
+    sets = problem_sets(SEED, **later)
     if args.problems:
-        write(args.problems, only(sets["problems"], "prompt", "answer"))
+        name = "problems" if args.round == 1 else f"problems {args.round}"
+        write(args.problems, only(sets[name], "prompt", "answer"))
         return
 
     work, out = os.path.abspath(args.work), os.path.abspath(args.out)
@@ -268,8 +281,9 @@ def main() -> None:
 
     new_model(f"{work}/random", sets["train"][:4000])
     run(2, "demo/sft.py", "--model", f"{work}/random", "--data", f"{work}/train.jsonl", "--instruction", "",
-        "--learning-rate", "2e-3", "--batch-size", "32", "--seed", str(SEED), "--out", f"{out}/model")
-    pairs = make_pairs(f"{out}/model", f"{work}/problems.jsonl", work)
+        "--learning-rate", "2e-3", "--batch-size", "16", "--seed", str(SEED),
+        "--out", f"{out}/model")
+    pairs = build_pairs(f"{out}/model", f"{work}/problems.jsonl", f"{work}/build")
     held_out = {row["prompt"] for row in sets["problems"][-HELD_OUT:]}
     write(f"{out}/pairs.jsonl", [pair for pair in pairs if pair["prompt"] not in held_out])
     write(f"{out}/eval_pairs.jsonl", [pair for pair in pairs if pair["prompt"] in held_out])

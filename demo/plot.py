@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """Draws runs of `stepdpo.py @demo/args`: held-out reward accuracy and margin along training (figure 2
-of arXiv:2406.18629), and greedy accuracy on the held-out problems before and after, each with its own 95%
-interval (that of the difference, which stepdpo.py prints, is narrower: the problems are the same).
+of arXiv:2406.18629), and greedy accuracy on the held-out problems before and after, by their number of steps.
 
     python demo/plot.py runs/demo --out demo/result.png          # several folders: several lines
 """
@@ -11,9 +10,6 @@ import glob
 import json
 import os
 import sys
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from pairs.grading import wilson_interval  # noqa: E402
 
 
 def rows(folder: str, name: str) -> list[dict]:
@@ -38,19 +34,17 @@ def plot_along_training(folder: str, accuracy, margin) -> None:
     margin.plot(steps, [row["eval/rewards/margins"] for row in evaluations], ".-")
 
 
-def plot_before_and_after(folder: str, axes) -> int:
-    """Returns the number of problems."""
-    shares, below, above = [], [], []
-    for when in ("before", "after"):
-        correct = [row["correct"] for row in rows(folder, when) if "correct" in row]  # not the settings
-        share, n = sum(correct) / len(correct), len(correct)
-        low, high = wilson_interval(sum(correct), n)
-        shares.append(100 * share)
-        below.append(100 * (share - low))
-        above.append(100 * (high - share))
-    name = os.path.basename(os.path.normpath(folder))
-    axes.errorbar(["before", "after"], shares, [below, above], fmt="o-", capsize=4, label=name)
-    return n
+def plot_by_steps(folder: str, when: str, label: str, axes) -> None:
+    """Share of the problems that are solved, by the number of steps: one less than of sentences."""
+    solved: dict[int, list[bool]] = {}
+    for row in rows(folder, when):
+        if "correct" in row:  # not the settings
+            steps = row["prompt"].count(".") + row["prompt"].count("?") - 1
+            solved.setdefault(steps, []).append(row["correct"])
+
+    every = [correct for of_steps in solved.values() for correct in of_steps]
+    shares = [100 * sum(solved[steps]) / len(solved[steps]) for steps in sorted(solved)]
+    axes.plot(sorted(solved), shares, ".-", label=f"{label}: {sum(every) / len(every):.1%} of {len(every)}")
 
 
 def main() -> None:
@@ -67,17 +61,19 @@ def main() -> None:
         sys.exit("plot: pip install matplotlib")
 
     figure, (accuracy, margin, greedy) = pyplot.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    plot_by_steps(args.runs[0], "before", "before", greedy)
     for folder in args.runs:
         plot_along_training(folder, accuracy, margin)
-        n = plot_before_and_after(folder, greedy)
+        name = os.path.basename(os.path.normpath(folder)) if len(args.runs) > 1 else "after"
+        plot_by_steps(folder, "after", name, greedy)
     accuracy.set(title="chosen ranked above rejected", xlabel="optimizer step", ylabel="held-out pairs, %",
                  xlim=0, ylim=(50, 100))
     margin.set(title="reward margin", xlabel="optimizer step", ylabel="nats")
-    greedy.set(title="problems solved greedily", ylabel=f"of {n} held-out problems, %", xlim=(-0.5, 1.5))
+    greedy.set(title="problems solved greedily", xlabel="steps of the problem", ylabel="held-out problems, %",
+               ylim=(0, 100))
     for axes in (accuracy, margin, greedy):
         axes.grid(alpha=0.3)
-    if len(args.runs) > 1:
-        greedy.legend(loc="lower right", fontsize=8)
+    greedy.legend(loc="lower left", fontsize=8)
     figure.savefig(args.out, dpi=130)
     print(f"wrote {args.out}")
 

@@ -1,7 +1,8 @@
 """The demo: its problems, its files, its recipe, supervised training."""
 
-import operator
+import argparse
 import os
+import random
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pairs.grading import is_correct
 from pairs.problems import STEP_PREFIX, find_steps
 
 sys.path.insert(0, str(HERE / "demo"))
-import ablation  # noqa: E402
+import claims  # noqa: E402
 import make  # noqa: E402
 import sft  # noqa: E402
 
@@ -29,21 +30,39 @@ def sets():
     return make.problem_sets(make.SEED)
 
 
+def equations_of(step: str) -> str:
+    (found,) = re.findall(r"[-\d+*/]+=[-\d+*/=]+", step)
+    return found
+
+
 def test_problems_are_right_and_no_two_sets_share_one(sets):
     prompts = [row["prompt"] for rows in sets.values() for row in rows]
     assert len(set(prompts)) == len(prompts)
-    compute = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
     for row in sets["test"] + sets["problems"]:
-        assert 2 <= len(row["steps"]) == len(row["other"]) <= 5
-        for own, other in zip(row["steps"], row["other"], strict=True):
-            results = []
-            for step in (own, other):
-                sums = re.findall(r"(\d+)([-+*/])(\d+)=(\d+)", step)
-                for left, sign, right, result in sums:
-                    assert compute[sign](int(left), int(right)) == int(result) >= 0, step
-                results.append(sums[-1][3])
-            assert own != other and results[0] == results[1]
-        assert results[0] == row["answer"]
+        assert 6 <= len(row["steps"]) == len(row["foreign"]) == len(row["results"]) <= 12
+        assert row["answer"] == str(row["results"][-1])
+        for own, foreign, result in zip(row["steps"], row["foreign"], row["results"], strict=True):
+            assert equations_of(own) == equations_of(foreign) and own != foreign
+            assert {eval(side) for side in equations_of(own).split("=")} == {result}
+
+
+def test_taught_solutions_slip_where_words_tempt_and_nowhere_else(sets):
+    wrong = [row for row in sets["train"] if row["taught_answer"] != row["answer"]]
+    assert 0.2 < len(wrong) / len(sets["train"]) < 0.4
+    for row in wrong:
+        k = make.first_wrong(sft.steps_of(dict(question="", answer=make.worked(row)), ""), row["results"])
+        (slip,) = re.findall(r"(\d+)[-+](\d+)=\d+", row["taught"][k - 1])
+        assert slip[0] == str(row["results"][k - 2])  # a sum of the right number with a wrong sign
+        assert re.search("come back|fewer|apiece|bags of", row["prompt"])
+
+
+def test_the_first_wrong_step_is_known_whatever_its_words():
+    begin = "Let's think step by step.\nStep 1: Now 2*3=6 pens.\nStep 2:"
+    for rest, step in ((" 6-2=5, good.\nStep 3: 5+1=6.\nThe answer is: 6", 2),
+                       (" 6-2=4.\nStep 3: 4+1=5.\nStep 4: 5+1=6.\nThe answer is: 6", 4),
+                       (" 6-2=4.\nThe answer is: 4", 2), (" 6-2=4.\nStep 3: so it is.\nThe answer is: 4", 3),
+                       (" 6-2=4.\nStep 3: 4+1=5.\nThe answer is: 4", 3)):
+        assert make.first_wrong(begin + rest, [6, 4, 5]) == step
 
 
 def test_problems_can_be_made_again_in_seconds(sets, tmp_path, monkeypatch):
@@ -55,7 +74,7 @@ def test_problems_can_be_made_again_in_seconds(sets, tmp_path, monkeypatch):
 
 def test_demo_is_small_ordinary_and_its_pairs_are_of_its_problems(sets):
     files = [path for path in (HERE / "demo").rglob("*") if path.is_file() and path.suffix != ".pyc"]
-    assert sum(path.stat().st_size for path in files) <= 5e6
+    assert sum(path.stat().st_size for path in files) <= 8e6
     model = transformers.AutoModelForCausalLM.from_pretrained(HERE / "demo/model")
     assert type(model).__name__ == "Qwen2ForCausalLM" and model.dtype == torch.bfloat16
     assert 1e6 < sum(parameter.numel() for parameter in model.parameters()) < 3e6
@@ -81,7 +100,7 @@ def test_recipe_trains_evaluates_and_shows_accuracy_before_and_after(tmp_path):
     assert re.search(r"^step    0   held-out loss 0\.6931, margin \+0\.0000, accuracy -$", first.stdout, re.M)
     found = re.search(r"accuracy    before (\d+\.\d)%, after (\d+\.\d)% on 500 held-out problems: "
                       r"[+-]\d+\.\d points, 95% interval [+-]\d+\.\d to [+-]\d+\.\d", first.stdout)
-    assert found and 50 <= float(found[1]) <= 70
+    assert found and 40 <= float(found[1]) <= 65
     for number, when in enumerate(("before", "after"), 1):
         right = [row["correct"] for row in rows_of(tmp_path / f"out/{when}.jsonl")[1:]]
         right += [row["correct"] for row in rows_of(tmp_path / f"out/{when}.rank1.jsonl")[1:]]
@@ -94,13 +113,43 @@ def test_recipe_trains_evaluates_and_shows_accuracy_before_and_after(tmp_path):
     assert "finished    already" in again.stdout and found[0] in again.stdout  # a stop loses nothing
 
 
-def test_foreign_chosen_steps_are_right_and_in_other_words(sets):
+def test_chosen_steps_of_the_generator_are_right_in_either_words(sets):
+    pairs, problems = rows_of(HERE / "demo/pairs.jsonl"), {row["prompt"]: row for row in sets["problems"]}
+    for words in ("steps", "foreign"):
+        rows, kept = claims.by_generator(pairs, problems, words)
+        changed = [new for old, new in zip(pairs, rows, strict=True) if old["chosen"] != new["chosen"]]
+        assert len(rows) - kept >= len(changed) > 0.7 * len(rows)
+        for row in changed:
+            step = claims.step_number(row)
+            assert make.results_of(row["initial_reason_steps"] + row["chosen"])[-1] == (
+                problems[row["prompt"]]["results"][step - 1])
+        last = [row for row in changed if "The answer is" in row["chosen"]]
+        assert last and all(is_correct(row["chosen"], row["answer"]) for row in last)
+
+
+def test_unlocalized_pairs_are_whole_solutions_one_right_and_one_wrong():
+    pairs = rows_of(HERE / "demo/pairs.jsonl")[:40]
+    solution = claims.solution_of(pairs[0], "chosen")
+    samples = [dict(prompt=pairs[0]["prompt"], solution=solution + " Indeed.", correct=True, cut=False),
+               dict(prompt=pairs[0]["prompt"], solution="wrong", correct=False, cut=False)]
+    rows = claims.as_solutions(pairs, samples, random.Random(0))
+    assert rows[0]["full_chosen"] == (solution + " Indeed.").removeprefix(STEP_PREFIX)
+    for row, pair in zip(rows, pairs, strict=True):
+        assert row["initial_reason_steps"] == STEP_PREFIX and is_correct(row["full_chosen"], row["answer"])
+        assert STEP_PREFIX + row["full_rejected"] == claims.solution_of(pair, "rejected")
+    assert rows[-1]["full_chosen"] == claims.solution_of(pairs[-1], "chosen").removeprefix(STEP_PREFIX)
+
+
+def test_the_gradient_of_branches_is_in_and_after_the_step_and_that_of_solutions_before_it_too(tmp_path):
     pairs = rows_of(HERE / "demo/pairs.jsonl")
-    rows, kept = ablation.written(pairs, sets["problems"])
-    changed = [new for old, new in zip(pairs, rows, strict=True) if old["chosen"] != new["chosen"]]
-    assert len(changed) == len(rows) - kept > 0.9 * len(rows)
-    last = [row for row in changed if "The answer is" in row["chosen"]]
-    assert last and all(is_correct(row["chosen"], row["answer"]) for row in last)
+    pairs = [pair for pair in pairs if claims.step_number(pair) > 2][:3]
+    write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    write_jsonl(tmp_path / "solutions.jsonl", claims.as_solutions(pairs, [], random.Random(0)))
+    args = argparse.Namespace(work=str(tmp_path))
+    branches, solutions = (claims.gradient_shares(args, kind) for kind in ("branches", "solutions"))
+    assert branches["before"] == 0 < branches["at"] and sum(branches.values()) == pytest.approx(1)
+    # Both solutions have the same steps up to the wrong one here, so these say the same, and cancel out.
+    assert solutions == pytest.approx(branches, abs=1e-3)
 
 
 def test_supervised_rows_are_numbered_steps_that_the_pipeline_reads(tokenizer):

@@ -1,0 +1,204 @@
+#!/usr/bin/env python3
+"""How often is the located step the first wrong one? The demo's problem generator knows, so rules are scored.
+
+    torchrun --nproc_per_node 2 demo/localization.py
+
+Wrong solutions of the demo's model to problems that are in no other file, each searched by
+
+    this repository's rule, at several --certainty, and the one that it had before: binary search for the
+        first step after which at most half of the problem's pass rate is left, confirmed by fresh samples
+    "a prefix is good if any of 8 continuations is right" (Math-Shepherd, arXiv:2312.08935), step by step, and
+        with binary search (OmegaPRM, arXiv:2406.06592)
+    a judge, that is the generator, and names another step in 10% or 20% of the cases: alone, and where it
+        agrees with rollouts (`--by both`)
+
+and of each: how many are located, how many of these exactly, how many one step off; and what was sampled per
+located error, in lengths of an average solution.
+"""
+
+import argparse
+import os
+import random
+import tempfile
+from collections import Counter
+from types import SimpleNamespace
+
+import make
+import torch.distributed as dist
+from claims import MODEL
+
+from bench.common import environment, write
+from files import joining, print0
+from pairs.__main__ import parse
+from pairs.problems import read_problems
+from pairs.sampling import Samples, Settings
+from pairs.stages import Wrong, locate_by_rollouts, open_rows, pass_rate, solve, wrong_solutions
+
+COLUMNS = "| rule | located | exact | exact, of all | one step off | early, late | lengths per located |"
+
+
+class Counted:
+    """Samples, and what one rule asks for, as if no other had asked before."""
+
+    def __init__(self, samples: Samples):
+        self.samples, self.seen = samples, {}
+
+    def draw(self, prefixes: list, count: int, first: list[int] | None = None, label: str = "") -> list:
+        drawn = self.samples.draw(prefixes, count, first, label)
+        for prefix, start, found in zip(prefixes, first or [0] * len(prefixes), drawn, strict=True):
+            for n, sample in enumerate(found, start):
+                self.seen[prefix, n] = sample.tokens
+        return drawn
+
+    def tokens(self) -> int:
+        return sum(self.seen.values())
+
+
+# -------------------------------------------------------------------------------------------------- the rules
+# A rule fills in row.step, or leaves it None.
+
+
+def former(rows: list[Wrong], samples: Counted) -> None:
+    """V(j) <= V(0) / 2 after the first wrong step: 4 samples a rate, 8 fresh ones before and after it."""
+    starts = rates(rows, [0] * len(rows), 4, 0, samples)
+    places = [[0, len(row.steps), rate] for row, rate in zip(rows, starts, strict=True)]
+    found = [(row, place) for row, place in zip(rows, places, strict=True) if place[2] > 0]
+
+    while searching := [(row, place) for row, place in found if place[1] - place[0] > 1]:
+        middles = [(low + high) // 2 for _, (low, high, _) in searching]
+        after = rates([row for row, _ in searching], middles, 4, 0, samples)
+        for (_, place), middle, rate in zip(searching, middles, after, strict=True):
+            place[0 if rate > place[2] / 2 else 1] = middle
+
+    before = rates([row for row, _ in found], [low for _, (low, _, _) in found], 8, 4, samples)
+    found = [(row, high, rate) for (row, (_, high, start)), rate in zip(found, before, strict=True)
+             if rate > start / 2]
+    inner = [(row, high, rate) for row, high, rate in found if high < len(row.steps)]
+    after = rates([row for row, _, _ in inner], [high for _, high, _ in inner], 8, 4, samples)
+    refused = {row for (row, _, rate), low in zip(inner, after, strict=True) if low > rate / 3}
+    for row, high, _ in found:
+        row.step = None if row in refused else high
+
+
+def rates(rows: list[Wrong], js: list[int], count: int, first: int, samples: Counted) -> list[float]:
+    prefixes = [row.after(j) for row, j in zip(rows, js, strict=True)]
+    return [pass_rate(found) for found in samples.draw(prefixes, count, [first] * len(rows), "locate")]
+
+
+def by_steps(rows: list[Wrong], samples: Counted) -> None:
+    searching, j = rows, 0
+    while searching:
+        j += 1
+        inner = [row for row in searching if j < len(row.steps)]
+        good = dict(zip(inner, rates(inner, [j] * len(inner), 8, 0, samples), strict=True))
+        for row in searching:
+            if not good.get(row):
+                row.step = j
+        searching = [row for row in inner if good[row]]
+
+
+def halving(rows: list[Wrong], samples: Counted) -> None:
+    places = [[0, len(row.steps)] for row in rows]
+    found = list(zip(rows, places, strict=True))
+    while searching := [(row, place) for row, place in found if place[1] - place[0] > 1]:
+        middles = [(low + high) // 2 for _, (low, high) in searching]
+        after = rates([row for row, _ in searching], middles, 8, 0, samples)
+        for (_, place), middle, rate in zip(searching, middles, after, strict=True):
+            place[0 if rate else 1] = middle
+    for row, (_, high) in found:
+        row.step = high
+
+
+def judged(rows: list[Wrong], truth: list[int], noise: float) -> list[int]:
+    rng, verdicts = random.Random(f"judge {noise}"), []
+    for row, k in zip(rows, truth, strict=True):
+        others = [j for j in range(1, len(row.steps) + 1) if j != k]
+        verdicts.append(rng.choice(others) if others and rng.random() < noise else k)
+    return verdicts
+
+
+# ------------------------------------------------------------------------------------------------ the scoring
+
+
+def score(name: str, steps: list[int | None], truth: list[int], lengths: float) -> dict:
+    """One line of the table. `lengths` were sampled in all, in solutions."""
+    apart = Counter(step - k for step, k in zip(steps, truth, strict=True) if step is not None)
+    located, exact = max(1, sum(apart.values())), apart[0]
+    early = sum(n for difference, n in apart.items() if difference < 0)
+    spent = lengths / located
+    print0(f"| {name} | {sum(apart.values())} | {exact / located:.1%} | {exact / len(truth):.1%} | "
+           f"{(apart[1] + apart[-1]) / located:.1%} | {early}, {located - exact - early} | {spent:.1f} |")
+    return {"located": located, "exact": exact, "off_by": dict(sorted(apart.items())), "lengths": spent}
+
+
+def compare(rows: list[Wrong], truth: list[int], samples: Samples, args: argparse.Namespace,
+            length: float) -> dict:
+    """Lines of the table by the rule's name. Solutions are `length` tokens long on average."""
+    def searched(name: str, rule) -> list[int | None]:
+        for row in rows:
+            row.__post_init__()
+            row.status, row.step = "", None
+        counted = Counted(samples)
+        rule(rows, counted)
+        lines[name] = score(name, [row.step for row in rows], truth, counted.tokens() / length)
+        return [row.step for row in rows]
+
+    def ours(certainty: float):
+        flags = SimpleNamespace(**{**vars(args), "certainty": certainty})
+        return lambda rows, samples: locate_by_rollouts(rows, samples, flags)
+
+    lines: dict[str, dict] = {}
+    for certainty in (0.7, 0.8, 0.95, 0.9):
+        steps = searched(f"this one, --certainty {certainty}", ours(certainty))
+        if certainty == args.certainty:
+            default, spent = steps, lines[f"this one, --certainty {certainty}"]
+    searched("the former: half of V(0), confirmed", former)
+    searched("any of 8, step by step", by_steps)
+    searched("any of 8, binary search", halving)
+
+    for noise in (0.1, 0.2):
+        verdicts = judged(rows, truth, noise)
+        name = f"a judge wrong in {noise:.0%}"
+        lines[name] = score(name, verdicts, truth, 0)
+        agreed = [step if step == verdict else None for step, verdict in zip(default, verdicts, strict=True)]
+        name = f"both: this one and a judge wrong in {noise:.0%}"
+        lines[name] = score(name, agreed, truth, spent["lengths"] * spent["located"])
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--problems", type=int, default=800, help="to solve once; the wrong solutions are searched [800]")
+    add("--out", default=f"{make.ROOT}/bench/results/localization.json", help="JSON")
+    add("--work", default=f"{make.ROOT}/runs/localization", help="folder of the samples, kept")
+    flags = parser.parse_args()
+    report = environment()
+    if "RANK" in os.environ:  # set by torchrun
+        with joining():
+            dist.init_process_group("gloo")
+
+    fresh = make.problem_sets(make.SEED, fresh=flags.problems)["fresh"]
+    results = {row["prompt"]: row["results"] for row in fresh}
+    with tempfile.TemporaryDirectory() as folder:  # each rank reads a copy of its own
+        make.write(f"{folder}/problems.jsonl", make.only(fresh, "prompt", "answer"))
+        args = parse(["build", f"@{make.HERE}/build_args", "--problems", f"{folder}/problems.jsonl",
+                      "--model", MODEL, "--out", flags.work, "--samples", "1"])
+        problems = read_problems(args.problems)
+    settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
+    samples = Samples(f"{flags.work}/samples.jsonl", settings)
+    solutions = solve(problems, samples, args.samples)
+    length = sum(sample.tokens for _, sample in solutions) / len(solutions)
+
+    rows = open_rows(wrong_solutions(solutions, args))
+    truth = [make.first_wrong(row.solution, results[row.problem.prompt]) for row in rows]
+    print0(f"\n{len(rows)} wrong solutions of {len(problems)} problems, of {length:.0f} tokens on average\n")
+    print0(COLUMNS, "|---|---|---|---|---|---|---|")
+    lines = compare(rows, truth, samples, args, length)
+    if samples.cache.rank == 0:
+        write(flags.out, {**report, "wrong": len(rows), "tokens_per_solution": length, "rules": lines})
+
+
+if __name__ == "__main__":
+    main()
