@@ -187,22 +187,20 @@ def prepare(args: argparse.Namespace) -> dict:
     sets = make.problem_sets(make.SEED, tempting, dev=args.problems)
     for name in ("dev", "test", "problems"):
         make.write(f"{args.work}/{name}.jsonl", make.only(sets[name], "prompt", "answer"))
-    wanted = make.read(f"{make.HERE}/pairs.jsonl")
-    pairs = wanted
-    if args.tempting is not None and not os.path.exists(f"{args.work}/pairs.jsonl"):
-        pairs = pairs_by_generator(args, sets["problems"])[:len(wanted)]
-    elif args.tempting is not None:
-        pairs = make.read(f"{args.work}/pairs.jsonl")
+    pairs = make.read(f"{make.HERE}/pairs.jsonl")
+    if args.tempting is not None:  # as many others; what was sampled for them before is not sampled again
+        pairs = pairs_by_generator(args, sets["problems"])[:len(pairs)]
     make.write(f"{args.work}/pairs.jsonl", pairs)
 
     recipe = re.sub(r"--(eval-data|eval-every|test-problems) \S+", "", Path(RECIPE).read_text())
     Path(f"{args.work}/args").write_text(recipe)  # what is measured in between is not wanted here
 
-    used = {pair["prompt"] for pair in pairs}
-    make.write(f"{args.work}/used.jsonl", [row for row in make.only(sets["problems"], "prompt", "answer")
-                                           if row["prompt"] in used])
-    samples = solve(MODEL, f"{args.work}/used.jsonl", f"{args.work}/sampled", "--samples", str(SAMPLED))
-    make.write(f"{args.work}/solutions.jsonl", as_solutions(pairs, samples, random.Random(make.SEED)))
+    if "solutions" in args.kinds:
+        used = {pair["prompt"] for pair in pairs}
+        rows = [row for row in make.read(f"{args.work}/problems.jsonl") if row["prompt"] in used]
+        make.write(f"{args.work}/used.jsonl", rows)
+        samples = solve(MODEL, f"{args.work}/used.jsonl", f"{args.work}/sampled", "--samples", str(SAMPLED))
+        make.write(f"{args.work}/solutions.jsonl", as_solutions(pairs, samples, random.Random(make.SEED)))
     make.write(f"{args.work}/sft.jsonl", [as_supervised(pair) for pair in pairs])
     problems, kept = {row["prompt"]: row for row in sets["problems"]}, {}
     for kind, words in (("written", "steps"), ("foreign", "foreign")):

@@ -135,13 +135,11 @@ def compare(rows: list[Wrong], truth: list[int], samples: Samples, args: argpars
             length: float) -> dict:
     """Lines of the table by the rule's name. Solutions are `length` tokens long on average."""
     def searched(name: str, rule) -> list[int | None]:
-        for row in rows:
-            row.__post_init__()
-            row.status, row.step = "", None
-        counted = Counted(samples)
-        rule(rows, counted)
-        lines[name] = score(name, [row.step for row in rows], truth, counted.tokens() / length)
-        return [row.step for row in rows]
+        fresh, counted = [Wrong(row.problem, row.solution, row.steps) for row in rows], Counted(samples)
+        rule(fresh, counted)
+        steps = [row.step for row in fresh]
+        lines[name] = score(name, steps, truth, counted.tokens() / length)
+        return steps
 
     def ours(certainty: float):
         flags = SimpleNamespace(**{**vars(args), "certainty": certainty})

@@ -10,7 +10,7 @@
 2. A Qwen2 of 1.3M random parameters learns the worked solutions (demo/sft.py). Some of these are wrong, as
    what a language model learns from is: people overlook the "apiece" in "gives 4 friends 9 pens apiece" and
    add where "fewer" asks for a difference, and so do the solutions, in 3 of 5 such places. But such wording
-   is rare (--tempting), as the errors of a strong model are: a wrong solution mostly holds a single one.
+   is rare (TEMPTING), as the errors of a strong model are: a wrong solution mostly holds a single one.
    The rest of the model's errors are arithmetic that it has not learned yet.
 3. Step pairs out of the model's own samples (python -m pairs build). Nobody tells which step is wrong: only
    the final answers are known. The pairs of the last 150 problems are held out for evaluation.

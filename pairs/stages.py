@@ -25,7 +25,6 @@ from .judge import Judge
 from .problems import STEP_PREFIX, Problem, Step, find_steps, read_problems
 from .sampling import Sample, Samples, Settings
 
-Array = np.ndarray
 RATES = np.geomspace(0.03, 0.95, 10)[:, None]  # pass rates as long as all steps are right, each as likely
 
 
@@ -176,7 +175,7 @@ def roll_out(rows: list[Wrong], js: list[int], count: int, samples: Samples) -> 
         row.passed[j] += sum(sample.passes for sample in found)
 
 
-def chances_of_steps(passed: list[int], drawn: list[int], max_recovery: float) -> Array:
+def chances_of_steps(passed: list[int], drawn: list[int], max_recovery: float) -> np.ndarray:
     """The probability of each step 1..n of a wrong solution to be the first wrong one.  # (n,)
 
     Of `drawn[j]` samples that go on after j steps `passed[j]` are right: at some rate as long as these steps
