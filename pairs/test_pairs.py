@@ -744,12 +744,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             server.tried, server.now = server.tried + 1, server.now + 1
             server.most, fault = max(server.most, server.now), server.faults.pop(0) if server.faults else None
         try:
-            self.respond(server, body, fault)
+            reply = self.reply_to(body, fault)
         finally:
             with server.lock:
                 server.now -= 1
+        if reply:  # sent once all is counted: what a test looks at next does not depend on this thread
+            self.reply(*reply)
 
-    def respond(self, server, body, fault):
+    def reply_to(self, body, fault):
+        server = self.server
         sampling = dict(model=str, temperature=(int, float), max_tokens=int, stream=bool)
         chat = self.path == "/v1/chat/completions"
         fields = sampling | (dict(messages=list) if chat
@@ -757,18 +760,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
                                        min_p=float, repetition_penalty=float, presence_penalty=float,
                                        frequency_penalty=float))
         if server.key and self.headers["Authorization"] != f"Bearer {server.key}":
-            return self.reply(401, dict(error=f"no such key: {self.headers['Authorization']}"))
+            return 401, dict(error=f"no such key: {self.headers['Authorization']}")
         if self.path not in ("/v1/completions", "/v1/chat/completions"):
-            return self.reply(404, dict(error="no such path"))
+            return 404, dict(error="no such path")
         if body.keys() != fields.keys() or not all(isinstance(body[name], kind) for name,
                                                    kind in fields.items()):
-            return self.reply(400, dict(error=f"bad fields {sorted(body)}"))
+            return 400, dict(error=f"bad fields {sorted(body)}")
         if isinstance(fault, tuple):
-            return self.reply(fault[0], dict(error="try later"), fault[1])
+            return fault[0], dict(error="try later"), fault[1]
         if isinstance(fault, bytes):
-            return self.reply(200, fault)
+            return 200, fault
         if isinstance(fault, int):
-            return self.reply(fault, dict(error=f"fault {fault} {self.headers['Authorization']}"))
+            return fault, dict(error=f"fault {fault} {self.headers['Authorization']}")
         if fault == "hang":
             return time.sleep(10)
         if fault == "reset":
@@ -779,11 +782,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         reply = dict(choices=[choice | dict(index=0, finish_reason="stop")],
                      usage=dict(prompt_tokens=1, completion_tokens=len(text.split()), total_tokens=2))
         if fault == "nonsense":
-            return self.reply(200, dict(hello=1))
-        self.reply(200, reply, cut=20 if fault == "truncated" else 0)
-        if fault is None:
-            with server.lock:
-                server.served.append(body)
+            return 200, dict(hello=1)
+        if fault == "truncated":
+            return 200, reply, (), 20
+        with server.lock:
+            server.served.append(body)
+        return 200, reply
 
 
 @pytest.fixture
