@@ -983,7 +983,7 @@ def test_the_key_is_in_no_message(serve, monkeypatch, tokenizer, key, fault):
     server = serve(None, [500 if fault == "status" else fault.format(escaped).encode()] * 6)
     if fault in ("reason", "header"):  # what urllib and http.client say of a reply that is no HTTP
         begin = f"HTTP/1.1 403 No: {key}\r\n\r\n" if fault == "reason" else f"{key}\r\n\r\n"
-        monkeypatch.setattr(Handler, "respond", lambda self, *_: self.wfile.write(begin.encode()))
+        monkeypatch.setattr(Handler, "reply", lambda self, *_: self.wfile.write(begin.encode()))
     with pytest.raises(InputError) as error:
         all_of(sampler_on(server, tokenizer), [([1], "a")])
     message = one_line(error)
