@@ -60,24 +60,27 @@ class Counted:
 
 def former(rows: list[Wrong], samples: Counted) -> None:
     """V(j) <= V(0) / 2 after the first wrong step: 4 samples a rate, 8 fresh ones before and after it."""
-    starts = rates(rows, [0] * len(rows), 4, 0, samples)
-    places = [[0, len(row.steps), rate] for row, rate in zip(rows, starts, strict=True)]
-    found = [(row, place) for row, place in zip(rows, places, strict=True) if place[2] > 0]
+    start = dict(zip(rows, rates(rows, [0] * len(rows), 4, 0, samples), strict=True))
+    found = [row for row in rows if start[row] > 0]
+    low, high = binary_search(found, 4, samples, lambda row, rate: rate > start[row] / 2)
 
-    while searching := [(row, place) for row, place in found if place[1] - place[0] > 1]:
-        middles = [(low + high) // 2 for _, (low, high, _) in searching]
-        after = rates([row for row, _ in searching], middles, 4, 0, samples)
-        for (_, place), middle, rate in zip(searching, middles, after, strict=True):
-            place[0 if rate > place[2] / 2 else 1] = middle
+    before = dict(zip(found, rates(found, [low[row] for row in found], 8, 4, samples), strict=True))
+    found = [row for row in found if before[row] > start[row] / 2]
+    inner = [row for row in found if high[row] < len(row.steps)]
+    after = dict(zip(inner, rates(inner, [high[row] for row in inner], 8, 4, samples), strict=True))
+    for row in found:
+        row.step = None if after.get(row, 0) > before[row] / 3 else high[row]
 
-    before = rates([row for row, _ in found], [low for _, (low, _, _) in found], 8, 4, samples)
-    found = [(row, high, rate) for (row, (_, high, start)), rate in zip(found, before, strict=True)
-             if rate > start / 2]
-    inner = [(row, high, rate) for row, high, rate in found if high < len(row.steps)]
-    after = rates([row for row, _, _ in inner], [high for _, high, _ in inner], 8, 4, samples)
-    refused = {row for (row, _, rate), low in zip(inner, after, strict=True) if low > rate / 3}
-    for row, high, _ in found:
-        row.step = None if row in refused else high
+
+def binary_search(rows: list[Wrong], count: int, samples: Counted, is_good) -> tuple[dict, dict]:
+    """By row: a number of steps to go on from that is good, and the next one, that is not."""
+    low, high = dict.fromkeys(rows, 0), {row: len(row.steps) for row in rows}
+    while searching := [row for row in rows if high[row] - low[row] > 1]:
+        middles = [(low[row] + high[row]) // 2 for row in searching]
+        for row, middle, rate in zip(searching, middles, rates(searching, middles, count, 0, samples),
+                                     strict=True):
+            (low if is_good(row, rate) else high)[row] = middle
+    return low, high
 
 
 def rates(rows: list[Wrong], js: list[int], count: int, first: int, samples: Counted) -> list[float]:
@@ -98,15 +101,9 @@ def by_steps(rows: list[Wrong], samples: Counted) -> None:
 
 
 def halving(rows: list[Wrong], samples: Counted) -> None:
-    places = [[0, len(row.steps)] for row in rows]
-    found = list(zip(rows, places, strict=True))
-    while searching := [(row, place) for row, place in found if place[1] - place[0] > 1]:
-        middles = [(low + high) // 2 for _, (low, high) in searching]
-        after = rates([row for row, _ in searching], middles, 8, 0, samples)
-        for (_, place), middle, rate in zip(searching, middles, after, strict=True):
-            place[0 if rate else 1] = middle
-    for row, (_, high) in found:
-        row.step = high
+    _, high = binary_search(rows, 8, samples, lambda row, rate: rate > 0)
+    for row in rows:
+        row.step = high[row]
 
 
 def judged(rows: list[Wrong], truth: list[int], noise: float) -> list[int]:
