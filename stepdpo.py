@@ -568,7 +568,8 @@ def start_or_resume(policy: Policy, optimizer: torch.optim.Optimizer, identity: 
     first, metrics = runs.load_checkpoint(policy, optimizer, f"{out}/checkpoints")
     if dist.get_rank() == 0:
         packages = ("torch", "triton", "transformers", "safetensors", "numpy")
-        record = {**identity, "optimizer_steps": steps, "processes": dist.get_world_size(),
+        record = {**identity, "config": vars(config),  # tokens per micro-batch filled in
+                  "optimizer_steps": steps, "processes": dist.get_world_size(),
                   "device": device_name(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                   "versions": {package: version(package) for package in packages}}
         files.write_atomically(f"{out}/run.json", json.dumps(record, indent=2) + "\n")

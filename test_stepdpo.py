@@ -977,6 +977,11 @@ def test_metrics_have_their_names_and_say_what_happened(workplace, run):
     assert record["config"]["beta"] == 0.4 and record["versions"]["torch"] == torch.__version__
 
 
+def test_the_record_of_a_run_names_the_budget_that_was_chosen(workplace, tmp_path):
+    stepdpo.train(make_config(workplace, tmp_path / "out", max_steps=1, tokens_per_micro_batch=None))
+    assert json.loads((tmp_path / "out/run.json").read_text())["config"]["tokens_per_micro_batch"] == 1024
+
+
 def test_gradients_are_clipped_and_the_norm_before_it_is_logged(workplace, tmp_path, monkeypatch):
     clip, norms = torch.nn.utils.clip_grad_norm_, []
 

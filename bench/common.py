@@ -41,7 +41,7 @@ SHAPES = {
 
 
 def environment() -> dict[str, Any]:
-    """What a number means nothing without: device, versions, date, command."""
+    """What a number means nothing without: device, versions, date, command, processes."""
     versions = {"python": sys.version.split()[0]}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -49,7 +49,8 @@ def environment() -> dict[str, Any]:
     device = device_name()
     return {"device": device, "place": device.lower().replace(" ", "-") if CUDA else "cpu", "cuda": CUDA,
             "versions": versions, "date": datetime.datetime.now().isoformat(timespec="minutes"),
-            "command": shlex.join(["python", *sys.argv]), "load_before": os.getloadavg()[0]}
+            "command": shlex.join(["python", *sys.argv]),
+            "processes": int(os.environ.get("WORLD_SIZE", 1)), "load_before": os.getloadavg()[0]}
 
 
 def device_name() -> str:

@@ -18,7 +18,7 @@
 # A stage whose result is there for this device is done; delete the file to measure anew. RESULTS is the folder for
 # the JSON [bench/results], TIME the seconds to spend [585], LOSS="--skip cce" passes flags to loss.py, for a peer
 # that hangs. PYTHON names the interpreter. MODEL (its tokenizer counts) and DATA are the pairs, by default the
-# demo's, which are short; times should be measured on pairs of a real length (bench/corrupted_pairs.py).
+# demo's, of small numbers and few words; measure times on text of a real kind (bench/corrupted_pairs.py).
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-python3} results=${RESULTS:-bench/results} model=${MODEL:-demo/model} pairs=${DATA:-demo/pairs.jsonl}

@@ -14,7 +14,7 @@ in no other file; the best one is then trained with each seed and judged on test
 same number of pairs, optimizer steps, batches and beta. Runs that are already there are not repeated.
 
     python demo/claims.py                                          # as many runs at a time as cores
-    python demo/claims.py --tempting 0.4 --kinds solutions step    # problems with more places to slip at
+    python demo/claims.py --tempting 0.3 --kinds solutions step    # problems with more places to slip at
 
 With --tempting the pairs are made anew, and the generator, which knows, names the first wrong steps.
 """
@@ -343,7 +343,8 @@ def main() -> None:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of training; the first one tunes")
     add("--problems", type=int, default=300, help="development problems [300]")
     add("--tempting", type=float,
-        help=f"share of the moves told in words that tempt to slip [{make.TEMPTING}, with the demo's pairs]")
+        help="chance that a move is told in tempting words, if its kind has some, as half of them do "
+             f"[{make.TEMPTING}, with the demo's pairs]")
     args = parser.parse_args()
 
     report = environment()
@@ -375,10 +376,12 @@ def main() -> None:
     curves = {"nothing": by_length(lengths, before)}
     curves |= {kind: by_length(lengths, right) for kind, right in mean.items()}
     right = {kind: [sum(each) for each in by_seed] for kind, by_seed in after.items()}
+    gains = {kind: percent_gain(before, solved) for kind, solved in mean.items()}
+    tokens = {kind: trained_tokens(args, kind) for kind in args.kinds}
     suffix = "" if args.tempting is None else f"-{args.tempting:g}"
     write(args.out or f"{make.ROOT}/bench/results/claims{suffix}.json",
           {**report, "best": best, "problems": len(before), "before": sum(before), "seeds": args.seeds,
-           "right": right, "accuracy_by_steps": curves,
+           "right": right, "gain": gains, "tokens_per_pair": tokens, "accuracy_by_steps": curves,
            "development": {"problems": args.problems, "right": tuned}})
 
 

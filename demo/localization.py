@@ -188,7 +188,7 @@ def main() -> None:
 
     rows = open_rows(wrong_solutions(solutions, args))
     truth = [make.first_wrong(row.solution, results[row.problem.prompt]) for row in rows]
-    print0(f"\n{len(rows)} wrong solutions of {len(problems)} problems, of {length:.0f} tokens on average\n")
+    print0(f"\n{len(rows)} of {len(problems)} solutions are wrong; one has {length:.0f} tokens on average\n")
     print0(COLUMNS, "|---|---|---|---|---|---|---|")
     lines = compare(rows, truth, samples, args, length)
     if samples.cache.rank == 0:

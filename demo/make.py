@@ -284,6 +284,11 @@ def main() -> None:
         "--learning-rate", "2e-3", "--batch-size", "16", "--seed", str(SEED),
         "--out", f"{out}/model")
     pairs = build_pairs(f"{out}/model", f"{work}/problems.jsonl", f"{work}/build")
+    results = {row["prompt"]: row["results"] for row in sets["problems"]}
+    located = [row for row in read(f"{work}/build/located_by_rollouts.jsonl") if row["step"]]
+    exact = sum(row["step"] == first_wrong(row["solution"], results[row["prompt"]]) for row in located)
+    print(f"{exact} of {len(located)} located steps are the first wrong ones")
+
     held_out = {row["prompt"] for row in sets["problems"][-HELD_OUT:]}
     write(f"{out}/pairs.jsonl", [pair for pair in pairs if pair["prompt"] not in held_out])
     write(f"{out}/eval_pairs.jsonl", [pair for pair in pairs if pair["prompt"] in held_out])
