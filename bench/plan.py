@@ -307,6 +307,14 @@ def tokens_in(row: list[data.Pair], config: stepdpo.Config) -> int:
     return sum(pair.tokens(config.share_prefix) for pair in row)
 
 
+def states_of(count: float, offload: str | None) -> tuple[dict[str, float], dict[str, float]]:
+    """(on a GPU, in host memory): name -> bytes that so many parameters take between steps, in fp32."""
+    states = {"weights": 4 * count, "moments": 8 * count, "gradients": 4 * count}
+    away = {None: (), "moments": ("moments",), "gradients": ("moments", "gradients"), "all": states}[offload]
+    return ({name: size for name, size in states.items() if name not in away},
+            {name: size for name, size in states.items() if name in away})
+
+
 def predict(
     shape: Shape,
     layer: tuple[int, int],  # as `count_layer` counts it for the row
@@ -318,18 +326,14 @@ def predict(
 ) -> dict[str, dict[str, float]]:
     """moment -> what a GPU holds then -> bytes; and "host" -> what a rank has in host memory."""
     s = config.shard_size or ranks
-    b, offload = getattr(torch, config.dtype).itemsize, config.offload
+    b = getattr(torch, config.dtype).itemsize
     N, E, P = shape.all, shape.end, shape.layer
     kept_of_layer, in_backward = layer
     row = tokens_in(pairs, config)  # L
     trained = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)  # T
     ahead = b if s > 1 else 0  # a rank alone gathers nothing ahead: it copies a group when that runs
 
-    states = {"weights": (4 * N / s, offload == "all"), "moments": (8 * N / s, offload is not None),
-              "gradients": (4 * N / s, offload in ("gradients", "all"))}
-    on_gpu = {name: size for name, (size, is_away) in states.items() if not is_away}
-    on_host = {name: size for name, (size, is_away) in states.items() if is_away}
-
+    on_gpu, on_host = states_of(N / s, config.offload)
     one = row * shape.hidden * b if config.activation_checkpointing else kept_of_layer
     recomputed = in_backward - (0 if config.activation_checkpointing else kept_of_layer)
     end = row * shape.hidden * (4 + b)  # the last norm keeps its input in fp32, and what it makes of it
@@ -375,9 +379,9 @@ def predict(
         moments["when the head's gradient is reduced"] = {
             **always(N), **kept, "embedding and head": of_group, "gathered layers": P * ahead,
             "reduce-scatter": E * (4 + reduced)}
-    if offload and cuda:
-        visiting = {"moments": 2, "gradients": 3, "all": 4}[offload]  # numbers per parameter
-        moments["in the update"] = {**always(0), "visitors": 2 * visiting * 4 * E / s}
+    if on_host and cuda:
+        _, visitors = states_of(2 * E / s, config.offload)
+        moments["in the update"] = {**always(0), "visitors": sum(visitors.values())}
     return {**moments, "host": on_host}
 
 
@@ -531,8 +535,8 @@ def seconds_of(planner: Planner, plan: Plan, utilisation: float) -> tuple[float,
 
 def host_of(planner: Planner, offload: str | None, per_node: int, config: stepdpo.Config) -> float:
     """Bytes of one host: what all its ranks have there, and the processes themselves."""
-    numbers = {None: 0, "moments": 8, "gradients": 12, "all": 16}[offload]
-    return per_node * (numbers * planner.shape.all / (config.shard_size or planner.ranks) + HOST_PROCESS)
+    _, on_host = states_of(planner.shape.all / (config.shard_size or planner.ranks), offload)
+    return per_node * (sum(on_host.values()) + HOST_PROCESS)
 
 
 def report(planner: Planner, argv: Sequence[str], per_node: int, utilisation: float, traced: bool) -> None:
