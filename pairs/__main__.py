@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 
 from data import TEMPLATES
@@ -181,8 +182,10 @@ def run(args: argparse.Namespace, sampler=None, tokenizer=None) -> None:
     solutions = solve(problems, samples, args.samples, STEP_PREFIX if args.step_prefix else "")
     if args.command == "build":
         build(solutions, samples, judge, args)
-    by = " by rank 0" if samples.cache.ranks > 1 else ""
-    print0(f"{samples.tokens:,} tokens sampled{by} in {(time.monotonic() - began) / 60:.1f} minutes")
+    tokens = torch.tensor(samples.tokens)
+    if dist.is_initialized():
+        dist.all_reduce(tokens)
+    print0(f"{tokens:,} tokens sampled in {(time.monotonic() - began) / 60:.1f} minutes")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
