@@ -34,6 +34,7 @@ from pathlib import Path
 import make
 import sft
 import torch
+from errors import first_errors
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, make.ROOT)
@@ -66,7 +67,11 @@ def solve(model: str, problems: str, out: str, *flags: str) -> list[dict]:
     """Samples of a model, sampled now unless they were before."""
     run(f"{out}.log", "-m", "pairs", "solve", "--model", model, "--problems", problems, "--instruction", "",
         "--max-new-tokens", make.NEW_TOKENS, "--batch-tokens", "65536", "--out", out, *flags)
-    return make.read(f"{out}/samples.jsonl")[1:]
+    return samples_of(out)
+
+
+def samples_of(folder: str) -> list[dict]:
+    return make.read(f"{folder}/samples.jsonl")[1:]  # after the settings
 
 
 def answers(model: str, problems: str, out: str) -> list[bool]:
@@ -207,7 +212,7 @@ def prepare(args: argparse.Namespace) -> dict:
         rows, kept[kind] = by_generator(pairs, problems, words)
         make.write(f"{args.work}/{kind}.jsonl", rows)
     return {"tempting": tempting, "pairs": len(pairs), "kept": kept,
-            "steps_of_test": [len(row["results"]) for row in sets["test"]]}
+            "test": sets["test"]}
 
 
 def content_of_runs(args: argparse.Namespace) -> str:
@@ -372,7 +377,17 @@ def main() -> None:
         report["gradient"][kind] = shares = gradient_shares(args, kind)
         print(f"  {TITLES[kind]}: " + ", ".join(f"{value:.0%}" for value in shares.values()))
 
-    lengths = report.pop("steps_of_test")
+    test = report.pop("test")
+    errors = {"nothing": first_errors(samples_of(f"{args.work}/untrained"), test)}
+    print(f"\nOf {len(test)} answers are right, go first wrong at a move in tempting words, elsewhere:")
+    for kind in args.kinds:
+        of_seeds = [first_errors(samples_of(f"{trained(args, kind, best[kind], seed)}/test"), test)
+                    for seed in args.seeds]
+        errors[kind] = {place: share([found[place] for found in of_seeds]) for place in of_seeds[0]}
+    for kind, found in errors.items():
+        print(f"  {TITLES.get(kind, kind)}: {', '.join(f'{count:.1f}' for count in found.values())}")
+
+    lengths = [len(row["results"]) for row in test]
     curves = {"nothing": by_length(lengths, before)}
     curves |= {kind: by_length(lengths, right) for kind, right in mean.items()}
     right = {kind: [sum(each) for each in by_seed] for kind, by_seed in after.items()}
@@ -382,6 +397,7 @@ def main() -> None:
     write(args.out or f"{make.ROOT}/bench/results/claims{suffix}.json",
           {**report, "best": best, "problems": len(before), "before": sum(before), "seeds": args.seeds,
            "right": right, "gain": gains, "tokens_per_pair": tokens, "accuracy_by_steps": curves,
+           "first_errors": errors,
            "development": {"problems": args.problems, "right": tuned}})
 
 

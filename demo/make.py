@@ -133,8 +133,8 @@ def worded(moves: list[Move], sums: list[tuple[str, int]], who: dict, rng: rando
 
 
 def problem(rng: random.Random, tempting: float = TEMPTING) -> dict:
-    """A problem of STEPS dependent steps: prompt and answer; the sums of its right steps, and their results;
-    the steps of a solution as it is taught, with slips, and their answer."""
+    """A problem of STEPS dependent steps: prompt and answer; the results of its right steps, and which moves
+    tempt; the right steps, and in foreign words; a solution as it is taught, with slips, and its answer."""
     who = dict(name=rng.choice(NAMES), item=rng.choice(ITEMS))
 
     def move(kind: str) -> Move:
@@ -153,6 +153,7 @@ def problem(rng: random.Random, tempting: float = TEMPTING) -> dict:
     if not has_price:
         told.append(TOLD["count"].format(**who))
     return dict(prompt=" ".join(told), answer=str(right[-1][1]), results=[y for _, y in right],
+                tempting=[move.tempting for move in moves],
                 steps=worded(moves, right, who, rng),
                 foreign=[FOREIGN.format(sum=text, **who) for text, _ in right],
                 taught=worded(moves, taught, who, rng), taught_answer=str(taught[-1][1]))

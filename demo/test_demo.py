@@ -18,6 +18,7 @@ from pairs.problems import STEP_PREFIX, find_steps
 
 sys.path.insert(0, str(HERE / "demo"))
 import claims  # noqa: E402
+import errors  # noqa: E402
 import make  # noqa: E402
 import sft  # noqa: E402
 
@@ -63,6 +64,16 @@ def test_the_first_wrong_step_is_known_whatever_its_words():
                        (" 6-2=4.\nThe answer is: 4", 2), (" 6-2=4.\nStep 3: so it is.\nThe answer is: 4", 3),
                        (" 6-2=4.\nStep 3: 4+1=5.\nThe answer is: 4", 3)):
         assert make.first_wrong(begin + rest, [6, 4, 5]) == step
+
+
+def test_wrong_answers_are_told_apart_by_where_they_first_go_wrong(sets):
+    rows = sets["test"]
+    taught = [dict(prompt=row["prompt"], correct=row["answer"] == row["taught_answer"],
+                   solution=sft.steps_of(dict(question="", answer=make.worked(row)), "")) for row in rows]
+    found = errors.first_errors(taught, rows)
+    assert found["tempting"] > 100 and found["elsewhere"] == 0 and sum(found.values()) == 500
+    empty = [dict(answer, correct=False, solution=f"{STEP_PREFIX} so it is.") for answer in taught]
+    assert errors.first_errors(empty, rows) == dict(right=0, tempting=0, elsewhere=500)
 
 
 def test_problems_can_be_made_again_in_seconds(sets, tmp_path, monkeypatch):
