@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Step-DPO again and again: each round makes pairs of fresh problems with the model that the last one trained,
 # and trains on from there. What is finished is not repeated.
-#   demo/rounds.sh [ROUNDS] [FOLDER]          # 3 rounds into runs/rounds, some 20 minutes each on 2 cores
+#   demo/rounds.sh [ROUNDS] [FOLDER]          # 3 rounds into runs/rounds, 16 minutes each on 2 cores
 set -euo pipefail
 cd "$(dirname "$0")/.."
 rounds=${1:-3} folder=${2:-runs/rounds} model=demo/model
@@ -19,3 +19,5 @@ for round in $(seq "$rounds"); do
     fi
     model=$here/out/model
 done
+
+python demo/errors.py $(seq -f "$folder/round%g/out" "$rounds")
