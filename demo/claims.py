@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tables 3 and 4 of arXiv:2406.18629 on the demo: what is trained on, with everything else the same.
+"""Tables 3 and 4 of arXiv:2406.18629 on the demo: what matters in what is trained on?
 
     sft        supervised on the chosen solutions: the control
     solutions  DPO on right and wrong solutions of the same problems, nothing located: the same wrong ones as
@@ -11,16 +11,17 @@
 
 Every kind gets the same learning rates to choose from, by greedy accuracy on development problems that are
 in no other file; the best one is then trained with each seed and judged on test problems. All runs have the
-same number of pairs, optimizer steps, batches and beta. Runs that are already there are not repeated.
+same number of pairs, optimizer steps and batches, and all but `sft` the recipe of demo/args, its beta too.
+`sft` is demo/sft.py: a mean over tokens, AdamW as in pre-training. Runs that are there are not repeated.
 
     python demo/claims.py                                          # as many runs at a time as cores
     python demo/claims.py --tempting 0.3 --kinds solutions step    # problems with more places to slip at
 
-With --tempting the pairs are made anew, and the generator, which knows, names the first wrong steps.
+With --tempting the pairs are made anew: the generator, which knows, names the first wrong steps; and only of
+problems that the model can solve, or `solutions` would have nothing to take.
 """
 
 import argparse
-import hashlib
 import math
 import os
 import random
@@ -39,7 +40,9 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, make.ROOT)
 import data  # noqa: E402
+import storage  # noqa: E402
 from bench.common import environment, write  # noqa: E402
+from files import content_key, lock  # noqa: E402
 from pairs.grading import paired_gain  # noqa: E402
 from pairs.problems import STEP_PREFIX, find_steps  # noqa: E402
 
@@ -96,8 +99,9 @@ def span_of(kind: str) -> str:
 
 
 def trained(args: argparse.Namespace, kind: str, rate: str, seed: int) -> str:
-    """Folder of a run, with the trained model/ in it."""
-    out = f"{args.work}/{kind}-{rate}-{seed}"
+    """Folder of a run, with the trained model/ in it; named after what it is trained on, and how."""
+    content = content_key(*(Path(path).read_text() for path in (rows_of(args, kind), f"{args.work}/args")))
+    out = f"{args.work}/{kind}-{rate}-{seed}-{content}"
     if os.path.exists(f"{out}/model"):
         return out
     shutil.rmtree(out, ignore_errors=True)  # a run that was stopped
@@ -133,15 +137,21 @@ def as_supervised(pair: dict) -> dict:
     return {"question": pair["prompt"], "answer": "\n".join([*steps, f"#### {pair['answer']}"])}
 
 
-def as_solutions(pairs: list[dict], samples: list[dict], rng: random.Random) -> list[dict]:
+def right_solutions(args: argparse.Namespace, pairs: list[dict]) -> dict[str, list[str]]:
+    """By prompt: different right solutions of the pairs' problems, in random order; some have none."""
+    used, right = {pair["prompt"] for pair in pairs}, {}
+    rows = [row for row in make.read(f"{args.work}/problems.jsonl") if row["prompt"] in used]
+    make.write(f"{args.work}/used.jsonl", rows)
+    for row in solve(MODEL, f"{args.work}/used.jsonl", f"{args.work}/sampled", "--samples", str(SAMPLED)):
+        if row["prompt"] in used and row["correct"] and not row["cut"]:
+            right.setdefault(row["prompt"], {})[row["solution"]] = None
+    rng = random.Random(make.SEED)
+    return {prompt: rng.sample(list(found), len(found)) for prompt, found in right.items()}
+
+
+def as_solutions(pairs: list[dict], right: dict[str, list[str]]) -> list[dict]:
     """Each pair's wrong solution against a right one that was sampled on its own. Different ones for pairs of
     one problem, as far as there are; a problem without any gives the branch that was sampled for the pair."""
-    right = {}
-    for row in samples:
-        if row["correct"] and not row["cut"]:
-            right.setdefault(row["prompt"], {})[row["solution"]] = None
-    right = {prompt: rng.sample(list(found), len(found)) for prompt, found in right.items()}
-
     rows = []
     for n, pair in enumerate(pairs):
         own = right.get(pair["prompt"]) or [solution_of(pair, "chosen")]
@@ -186,41 +196,36 @@ def pairs_by_generator(args: argparse.Namespace, problems: list[dict]) -> list[d
 # --------------------------------------------------------------------------------------------------- the runs
 
 
-def prepare(args: argparse.Namespace) -> dict:
-    """Write all files that are trained on and solved. Returns what a reader wants to know about them."""
+def prepare(args: argparse.Namespace) -> tuple[dict, list[dict]]:
+    """Write all files that are trained on and solved. Returns what a reader wants to know about them, and the
+    test problems."""
     tempting = make.TEMPTING if args.tempting is None else args.tempting
-    sets = make.problem_sets(make.SEED, tempting, dev=args.problems)
+    sets = make.problem_sets(make.SEED, tempting, dev=args.dev_problems)
     for name in ("dev", "test", "problems"):
         make.write(f"{args.work}/{name}.jsonl", make.only(sets[name], "prompt", "answer"))
-    pairs = make.read(f"{make.HERE}/pairs.jsonl")
-    if args.tempting is not None:  # as many others; what was sampled for them before is not sampled again
-        pairs = pairs_by_generator(args, sets["problems"])[:len(pairs)]
-    make.write(f"{args.work}/pairs.jsonl", pairs)
-
-    recipe = re.sub(r"--(eval-data|eval-every|test-problems) \S+", "", Path(RECIPE).read_text())
+    recipe = re.sub(r"--(eval-data|eval-every|test-problems) \S+| *#.*", "", Path(RECIPE).read_text())
     Path(f"{args.work}/args").write_text(recipe)  # what is measured in between is not wanted here
 
-    if "solutions" in args.kinds:
-        used = {pair["prompt"] for pair in pairs}
-        rows = [row for row in make.read(f"{args.work}/problems.jsonl") if row["prompt"] in used]
-        make.write(f"{args.work}/used.jsonl", rows)
-        samples = solve(MODEL, f"{args.work}/used.jsonl", f"{args.work}/sampled", "--samples", str(SAMPLED))
-        make.write(f"{args.work}/solutions.jsonl", as_solutions(pairs, samples, random.Random(make.SEED)))
+    pairs, copies = make.read(f"{make.HERE}/pairs.jsonl"), 0
+    if args.tempting is not None or "solutions" in args.kinds:
+        count = len(pairs)
+        if args.tempting is not None:
+            pairs = pairs_by_generator(args, sets["problems"])
+        right = right_solutions(args, pairs)
+        if args.tempting is not None:
+            pairs = [pair for pair in pairs if pair["prompt"] in right][:count]
+        solutions = as_solutions(pairs, right)
+        copies = sum(pair["prompt"] not in right for pair in pairs)
+        make.write(f"{args.work}/solutions.jsonl", solutions)
+    make.write(f"{args.work}/pairs.jsonl", pairs)
     make.write(f"{args.work}/sft.jsonl", [as_supervised(pair) for pair in pairs])
+
     problems, kept = {row["prompt"]: row for row in sets["problems"]}, {}
     for kind, words in (("written", "steps"), ("foreign", "foreign")):
         rows, kept[kind] = by_generator(pairs, problems, words)
         make.write(f"{args.work}/{kind}.jsonl", rows)
-    return {"tempting": tempting, "pairs": len(pairs), "kept": kept,
-            "test": sets["test"]}
-
-
-def content_of_runs(args: argparse.Namespace) -> str:
-    """A name for what all runs depend on, so that runs of other pairs, models or recipes stand elsewhere."""
-    digest = hashlib.sha256(str(args.tempting).encode())
-    for file in (f"{make.HERE}/pairs.jsonl", RECIPE, f"{MODEL}/model.safetensors"):
-        digest.update(Path(file).read_bytes())
-    return digest.hexdigest()[:12]
+    return {"tempting": tempting, "pairs": len(pairs), "branches_among_solutions": copies,
+            "kept": kept}, sets["test"]
 
 
 def run_all(args: argparse.Namespace) -> tuple[list[bool], dict, dict, dict]:
@@ -267,8 +272,8 @@ def gradient_shares(args: argparse.Namespace, kind: str, count: int = 100) -> di
 
 
 def token_logps(model, tokenizer, row: dict, which: str, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of all tokens that follow the shared steps: logps, and 0, 1 or 2 where they stand before, in or after
-    step k."""
+    """Of all tokens that follow the shared steps, EOS too: logps, and 0, 1 or 2 where they stand before, in
+    or after step k."""
     opened, solution = data.open_turn(tokenizer, row["prompt"], "chat", ""), solution_of(row, which)
     steps = find_steps(solution)
     ends = [row["initial_reason_steps"], solution]
@@ -276,7 +281,7 @@ def token_logps(model, tokenizer, row: dict, which: str, k: int) -> tuple[torch.
         step = steps[k - 1]
         ends = [row["initial_reason_steps"], step.before, step.before + step.text, solution]
     ids = tokenizer([opened + end for end in ends], add_special_tokens=False).input_ids
-    whole = torch.tensor(ids[-1])
+    whole = torch.tensor([*ids[-1], tokenizer.eos_token_id])  # which `--span solution` trains too
     place = torch.zeros(len(whole), dtype=torch.long)
     for beginning in ids[1:-1]:
         place[len(beginning):] += 1
@@ -287,8 +292,6 @@ def token_logps(model, tokenizer, row: dict, which: str, k: int) -> tuple[torch.
 
 
 def gradient_norm(model, output) -> float:
-    if not torch.is_tensor(output) or not output.requires_grad:
-        return 0.0
     gradients = torch.autograd.grad(output, list(model.parameters()), retain_graph=True, allow_unused=True)
     return math.sqrt(sum(gradient.square().sum().item() for gradient in gradients if gradient is not None))
 
@@ -320,21 +323,63 @@ def trained_tokens(args: argparse.Namespace, kind: str) -> int:
     return round(sum(len(pair.chosen) + len(pair.rejected) for pair in pairs) / len(pairs))
 
 
-def table(args: argparse.Namespace, before: list[bool], best: dict, after: dict) -> list[str]:
-    lines = ["| trained with | tokens with a loss, per pair | learning rate | accuracy by seed | gain | 95% "
-             "interval |", "|---|---|---|---|---|---|", f"| nothing | | | {share(before):.1%} | | |"]
-    for kind, by_seed in after.items():
-        points, low, high = percent_gain(before, over_seeds(by_seed))
-        accuracies = ", ".join(f"{share(right):.1%}" for right in by_seed)
-        lines.append(f"| {TITLES[kind]} | {trained_tokens(args, kind)} | {best[kind]} | {accuracies} | "
-                     f"{points:+.1f} | {low:+.1f} to {high:+.1f} |")
-    return lines
-
-
 def by_length(lengths: list[int], right: list) -> dict[int, float]:
     """Accuracy on the problems of each number of steps."""
     return {n: share([r for length, r in zip(lengths, right, strict=True) if length == n])
             for n in sorted(set(lengths))}
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """All that is reported."""
+    report, test = prepare(args)
+    before, tuned, best, after = run_all(args)
+    mean = {kind: over_seeds(by_seed) for kind, by_seed in after.items()}
+
+    errors = {"nothing": first_errors(samples_of(f"{args.work}/untrained"), test)}
+    for kind in args.kinds:
+        of_seeds = [first_errors(samples_of(f"{trained(args, kind, best[kind], seed)}/test"), test)
+                    for seed in args.seeds]
+        errors[kind] = {place: share([found[place] for found in of_seeds]) for place in of_seeds[0]}
+
+    lengths, accuracy = [len(row["results"]) for row in test], {"nothing": before, **mean}
+    return {**report, "problems": len(before), "before": sum(before), "seeds": args.seeds, "best": best,
+            "right": {kind: [sum(right) for right in by_seed] for kind, by_seed in after.items()},
+            "gain": {kind: percent_gain(before, right) for kind, right in mean.items()},
+            "step_over": {kind: percent_gain(right, mean["step"]) for kind, right in mean.items()
+                          if "step" in mean and kind != "step"},
+            "tokens_per_pair": {kind: trained_tokens(args, kind) for kind in args.kinds},
+            "gradient": {kind: gradient_shares(args, kind) for kind in args.kinds
+                         if span_of(kind) == "solution"},
+            "first_errors": errors,
+            "accuracy_by_steps": {kind: by_length(lengths, right) for kind, right in accuracy.items()},
+            "development": {"problems": args.dev_problems, "right": tuned}}
+
+
+def show(report: dict) -> None:
+    problems, development = report["problems"], report["development"]
+    print(f"\n{development['problems']} development problems, right with each learning rate:")
+    for kind, found in development["right"].items():
+        print(f"  {TITLES[kind]}: {', '.join(f'{rate}: {n}' for rate, n in found.items())}")
+
+    print(f"\n{report['pairs']} pairs, {problems} test problems:\n")
+    print("| trained with | tokens with a loss, per pair | learning rate | accuracy by seed | gain | 95% "
+          "interval |", "|---|---|---|---|---|---|",
+          f"| nothing | | | {report['before'] / problems:.1%} | | |", sep="\n")
+    for kind, (points, low, high) in report["gain"].items():
+        accuracies = ", ".join(f"{right / problems:.1%}" for right in report["right"][kind])
+        print(f"| {TITLES[kind]} | {report['tokens_per_pair'][kind]} | {report['best'][kind]} | {accuracies} "
+              f"| {points:+.1f} | {low:+.1f} to {high:+.1f} |")
+    for kind, (points, low, high) in report["step_over"].items():
+        print(f"Step-DPO over {TITLES[kind]}: {points:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}")
+    print(f"\nOf the generator's chosen steps {report['kept']} are the model's own all the same, and "
+          f"{report['branches_among_solutions']} of the right solutions branches.")
+
+    print("\nThe gradient's norm, shared out to tokens before, in and after the first wrong step:")
+    for kind, shares in report["gradient"].items():
+        print(f"  {TITLES[kind]}: {', '.join(f'{value:.0%}' for value in shares.values())}")
+    print("\nAnswers that are right, go first wrong at a tempting move, elsewhere, and are right where none tempts:")
+    for kind, found in report["first_errors"].items():
+        print(f"  {TITLES.get(kind, kind)}: {', '.join(f'{count:.1f}' for count in found.values())}")
 
 
 def main() -> None:
@@ -346,59 +391,21 @@ def main() -> None:
     add("--kinds", nargs="+", choices=list(TITLES), default=list(TITLES), help="rows of the table [all]")
     add("--rates", nargs="+", default=["1.5e-5", "3e-5", "6e-5"], help="learning rates to choose from")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of training; the first one tunes")
-    add("--problems", type=int, default=300, help="development problems [300]")
+    add("--dev-problems", type=int, default=300, metavar="N", help="problems to choose rates by [300]")
     add("--tempting", type=float,
         help="chance that a move is told in tempting words, if its kind has some, as half of them do "
              f"[{make.TEMPTING}, with the demo's pairs]")
     args = parser.parse_args()
+    for name in ("kinds", "rates", "seeds"):  # twice the same would train into one folder at once
+        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
 
     report = environment()
-    args.work = f"{args.work}/{content_of_runs(args)}"
-    os.makedirs(args.work, exist_ok=True)
-    report |= prepare(args)
-    before, tuned, best, after = run_all(args)
-
-    print(f"\n{args.problems} development problems, right with each learning rate:")
-    for kind, found in tuned.items():
-        print(f"  {TITLES[kind]}: {', '.join(f'{rate}: {n}' for rate, n in found.items())}")
-    print(f"\n{report['pairs']} pairs, {len(before)} test problems:\n")
-    print(*table(args, before, best, after), sep="\n")
-
-    mean = {kind: over_seeds(by_seed) for kind, by_seed in after.items()}
-    others = [kind for kind in mean if kind != "step" and "step" in mean]
-    report["step_over"] = {kind: percent_gain(mean[kind], mean["step"]) for kind in others}
-    for kind, (points, low, high) in report["step_over"].items():
-        print(f"Step-DPO over {TITLES[kind]}: {points:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}")
-    print(f"\nOf the generator's chosen steps {report['kept']} are the model's own all the same.")
-
-    print("\nThe gradient's norm, shared out to tokens before, in and after the first wrong step:")
-    report["gradient"] = {}
-    for kind in [kind for kind in args.kinds if span_of(kind) == "solution"]:
-        report["gradient"][kind] = shares = gradient_shares(args, kind)
-        print(f"  {TITLES[kind]}: " + ", ".join(f"{value:.0%}" for value in shares.values()))
-
-    test = report.pop("test")
-    errors = {"nothing": first_errors(samples_of(f"{args.work}/untrained"), test)}
-    print(f"\nOf {len(test)} answers are right, go first wrong at a move in tempting words, elsewhere:")
-    for kind in args.kinds:
-        of_seeds = [first_errors(samples_of(f"{trained(args, kind, best[kind], seed)}/test"), test)
-                    for seed in args.seeds]
-        errors[kind] = {place: share([found[place] for found in of_seeds]) for place in of_seeds[0]}
-    for kind, found in errors.items():
-        print(f"  {TITLES.get(kind, kind)}: {', '.join(f'{count:.1f}' for count in found.values())}")
-
-    lengths = [len(row["results"]) for row in test]
-    curves = {"nothing": by_length(lengths, before)}
-    curves |= {kind: by_length(lengths, right) for kind, right in mean.items()}
-    right = {kind: [sum(each) for each in by_seed] for kind, by_seed in after.items()}
-    gains = {kind: percent_gain(before, solved) for kind, solved in mean.items()}
-    tokens = {kind: trained_tokens(args, kind) for kind in args.kinds}
+    args.work = f"{args.work}/{content_key(str(args.tempting), storage.model_identity(MODEL))}"
+    locked = lock(f"{args.work}/.lock")  # noqa: F841  held until this ends
+    report |= measure(args)
+    show(report)
     suffix = "" if args.tempting is None else f"-{args.tempting:g}"
-    write(args.out or f"{make.ROOT}/bench/results/claims{suffix}.json",
-          {**report, "best": best, "problems": len(before), "before": sum(before), "seeds": args.seeds,
-           "right": right, "gain": gains, "tokens_per_pair": tokens, "accuracy_by_steps": curves,
-           "first_errors": errors,
-           "development": {"problems": args.problems, "right": tuned}})
+    write(args.out or f"{make.ROOT}/bench/results/claims{suffix}.json", report)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ class Counted:
 
 
 def former(rows: list[Wrong], samples: Counted) -> None:
-    """V(j) <= V(0) / 2 after the first wrong step: 4 samples a rate, 8 fresh ones before and after it."""
+    """At most half of V(0) is left after the first wrong step, by 4 samples a rate; and by 8 fresh ones more
+    than half of it before the step, and after it at most a third of what is before."""
     start = dict(zip(rows, rates(rows, [0] * len(rows), 4, 0, samples), strict=True))
     found = [row for row in rows if start[row] > 0]
     low, high = binary_search(found, 4, samples, lambda row, rate: rate > start[row] / 2)
@@ -131,6 +132,8 @@ def score(name: str, steps: list[int | None], truth: list[int], lengths: float) 
 def compare(rows: list[Wrong], truth: list[int], samples: Samples, args: argparse.Namespace,
             length: float) -> dict:
     """Lines of the table by the rule's name. Solutions are `length` tokens long on average."""
+    lines: dict[str, dict] = {}
+
     def searched(name: str, rule) -> list[int | None]:
         fresh, counted = [Wrong(row.problem, row.solution, row.steps) for row in rows], Counted(samples)
         rule(fresh, counted)
@@ -142,11 +145,9 @@ def compare(rows: list[Wrong], truth: list[int], samples: Samples, args: argpars
         flags = SimpleNamespace(**{**vars(args), "certainty": certainty})
         return lambda rows, samples: locate_by_rollouts(rows, samples, flags)
 
-    lines: dict[str, dict] = {}
-    for certainty in (0.7, 0.8, 0.95, 0.9):
-        steps = searched(f"this one, --certainty {certainty}", ours(certainty))
-        if certainty == args.certainty:
-            default, spent = steps, lines[f"this one, --certainty {certainty}"]
+    found = {certainty: searched(f"this one, --certainty {certainty}", ours(certainty))
+             for certainty in sorted({0.7, 0.8, 0.95, args.certainty})}
+    default, spent = found[args.certainty], lines[f"this one, --certainty {args.certainty}"]
     searched("the former: half of V(0), confirmed", former)
     searched("any of 8, step by step", by_steps)
     searched("any of 8, binary search", halving)

@@ -253,6 +253,16 @@ def build_pairs(model: str, problems: str, out: str, *flags: str) -> list[dict]:
     return read(path) if os.path.exists(path) else []  # `--by human` ends before there are any
 
 
+def score(folder: str, problems: list[dict]) -> None:
+    """Print how many of the steps that `pairs build --out folder` located are the first wrong ones."""
+    results = {row["prompt"]: row["results"] for row in problems}
+    rows = [row for row in read(f"{folder}/located_by_rollouts.jsonl") if row["step"]]
+    exact = sum(row["step"] == first_wrong(row["solution"], results[row["prompt"]]) for row in rows)
+    certainty = sum(row["certainty"] for row in rows) / len(rows)
+    print(f"{exact} of {len(rows)} located steps ({exact / len(rows):.1%}) are the first wrong ones; "
+          f"certainty {certainty:.1%} on average")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -260,15 +270,17 @@ def main() -> None:
     parser.add_argument("--work", default=os.path.join(ROOT, "runs/make"),
                         help="folder for what lies in between (default: runs/make)")
     parser.add_argument("--problems", metavar="FILE", help="write the problems to FILE, and nothing else")
+    parser.add_argument("--score", metavar="DIR", help="score the located steps in DIR, and nothing else")
     parser.add_argument("--round", type=int, default=1, metavar="N",
-                        help="with --problems: those of the N-th round (demo/rounds.sh), all different [1]")
+                        help="problems of the N-th round (demo/rounds.sh), all different [1]")
     args = parser.parse_args()
     later = {f"problems {n}": SIZES["problems"] for n in range(2, args.round + 1)}
     sets = problem_sets(SEED, **later)
+    problems = sets["problems" if args.round == 1 else f"problems {args.round}"]
     if args.problems:
-        name = "problems" if args.round == 1 else f"problems {args.round}"
-        write(args.problems, only(sets[name], "prompt", "answer"))
-        return
+        return write(args.problems, only(problems, "prompt", "answer"))
+    if args.score:
+        return score(args.score, problems)
 
     work, out = os.path.abspath(args.work), os.path.abspath(args.out)
     if os.path.exists(work):  # the stages would go on from what they find there
@@ -285,11 +297,7 @@ def main() -> None:
         "--learning-rate", "2e-3", "--batch-size", "16", "--seed", str(SEED),
         "--out", f"{out}/model")
     pairs = build_pairs(f"{out}/model", f"{work}/problems.jsonl", f"{work}/build")
-    results = {row["prompt"]: row["results"] for row in sets["problems"]}
-    located = [row for row in read(f"{work}/build/located_by_rollouts.jsonl") if row["step"]]
-    exact = sum(row["step"] == first_wrong(row["solution"], results[row["prompt"]]) for row in located)
-    print(f"{exact} of {len(located)} located steps are the first wrong ones")
-
+    score(f"{work}/build", problems)
     held_out = {row["prompt"] for row in sets["problems"][-HELD_OUT:]}
     write(f"{out}/pairs.jsonl", [pair for pair in pairs if pair["prompt"] not in held_out])
     write(f"{out}/eval_pairs.jsonl", [pair for pair in pairs if pair["prompt"] in held_out])

@@ -9,15 +9,12 @@ rounds=${1:-3} folder=${2:-runs/rounds} model=demo/model
 for round in $(seq "$rounds"); do
     here=$folder/round$round
     mkdir -p "$here"
-    if [ ! -e "$here/out/model" ]; then
-        python demo/make.py --problems "$here/problems.jsonl" --round "$round"
-        torchrun --nproc_per_node 2 -m pairs build @demo/build_args --model "$model" \
-            --problems "$here/problems.jsonl" --out "$here/pairs"
-        rm -rf "$here/out"
-        torchrun --nproc_per_node 2 stepdpo.py @demo/args --model "$model" \
-            --data "$here/pairs/pairs.jsonl" --eval-data 0.1 --output-dir "$here/out"
-    fi
+    python demo/make.py --problems "$here/problems.jsonl" --round "$round"
+    torchrun --nproc_per_node 2 -m pairs build @demo/build_args --model "$model" \
+        --problems "$here/problems.jsonl" --out "$here/pairs"
+    python demo/make.py --score "$here/pairs" --round "$round"
+    torchrun --nproc_per_node 2 stepdpo.py @demo/args --model "$model" \
+        --data "$here/pairs/pairs.jsonl" --eval-data 0.1 --output-dir "$here/out" --resume
     model=$here/out/model
 done
-
 python demo/errors.py $(seq -f "$folder/round%g/out" "$rounds")

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import random
 import re
 import subprocess
 import sys
@@ -71,9 +70,10 @@ def test_wrong_answers_are_told_apart_by_where_they_first_go_wrong(sets):
     taught = [dict(prompt=row["prompt"], correct=row["answer"] == row["taught_answer"],
                    solution=sft.steps_of(dict(question="", answer=make.worked(row)), "")) for row in rows]
     found = errors.first_errors(taught, rows)
-    assert found["tempting"] > 100 and found["elsewhere"] == 0 and sum(found.values()) == 500
+    assert found["right"] + found["tempting"] == 500 and found["tempting"] > 100
+    assert found["plain"] == sum(not any(row["tempting"]) for row in rows)
     empty = [dict(answer, correct=False, solution=f"{STEP_PREFIX} so it is.") for answer in taught]
-    assert errors.first_errors(empty, rows) == dict(right=0, tempting=0, elsewhere=500)
+    assert errors.first_errors(empty, rows) == dict(right=0, tempting=0, elsewhere=500, plain=0)
 
 
 def test_problems_can_be_made_again_in_seconds(sets, tmp_path, monkeypatch):
@@ -142,9 +142,7 @@ def test_chosen_steps_of_the_generator_are_right_in_either_words(sets):
 def test_unlocalized_pairs_are_whole_solutions_one_right_and_one_wrong():
     pairs = rows_of(HERE / "demo/pairs.jsonl")[:40]
     solution = claims.solution_of(pairs[0], "chosen")
-    samples = [dict(prompt=pairs[0]["prompt"], solution=solution + " Indeed.", correct=True, cut=False),
-               dict(prompt=pairs[0]["prompt"], solution="wrong", correct=False, cut=False)]
-    rows = claims.as_solutions(pairs, samples, random.Random(0))
+    rows = claims.as_solutions(pairs, {pairs[0]["prompt"]: [solution + " Indeed."]})
     assert rows[0]["full_chosen"] == (solution + " Indeed.").removeprefix(STEP_PREFIX)
     for row, pair in zip(rows, pairs, strict=True):
         assert row["initial_reason_steps"] == STEP_PREFIX and is_correct(row["full_chosen"], row["answer"])
@@ -156,7 +154,7 @@ def test_the_gradient_of_branches_is_in_and_after_the_step_and_that_of_solutions
     pairs = rows_of(HERE / "demo/pairs.jsonl")
     pairs = [pair for pair in pairs if claims.step_number(pair) > 2][:3]
     write_jsonl(tmp_path / "pairs.jsonl", pairs)
-    write_jsonl(tmp_path / "solutions.jsonl", claims.as_solutions(pairs, [], random.Random(0)))
+    write_jsonl(tmp_path / "solutions.jsonl", claims.as_solutions(pairs, {}))
     args = argparse.Namespace(work=str(tmp_path))
     branches, solutions = (claims.gradient_shares(args, kind) for kind in ("branches", "solutions"))
     assert branches["before"] == 0 < branches["at"] and sum(branches.values()) == pytest.approx(1)
