@@ -377,7 +377,7 @@ def show(report: dict) -> None:
     print("\nThe gradient's norm, shared out to tokens before, in and after the first wrong step:")
     for kind, shares in report["gradient"].items():
         print(f"  {TITLES[kind]}: {', '.join(f'{value:.0%}' for value in shares.values())}")
-    print("\nAnswers that are right, go first wrong at a tempting move, elsewhere, and are right where none tempts:")
+    print("\nAnswers right, first wrong at a tempting move, elsewhere; right where no move tempts:")
     for kind, found in report["first_errors"].items():
         print(f"  {TITLES.get(kind, kind)}: {', '.join(f'{count:.1f}' for count in found.values())}")
 

@@ -104,7 +104,7 @@ def add_stage_flags(parser: argparse.ArgumentParser) -> None:
         help="who finds it: pass rates of the model's own rollouts; a judge; both, kept where they agree; or "
              "you: DIR/located.jsonl is then a file to fill in [rollouts]")
     add("--screen", type=COUNT, default=4, metavar="N",
-        help="give up a problem if none of its first N samples is right [4]")
+        help="give up a problem if none of its first N samples is right, those of `solve` included [4]")
     add("--rollouts", type=COUNT, default=4, help="samples of a solution per wave of the search [4]")
     add("--max-rollouts", type=COUNT, default=48, help="give up a solution after so many [48]")
     add("--certainty", type=SHARE, default=0.9,

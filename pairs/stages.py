@@ -181,6 +181,8 @@ def chances_of_steps(passed: list[int], drawn: list[int], max_recovery: float) -
     Of `drawn[j]` samples that go on after j steps `passed[j]` are right: at some rate as long as these steps
     are right, and after a wrong one at a part of it, as models recover from errors, but at most max_recovery.
     All orders of magnitude of rate and part, and all steps, are as likely beforehand: Bayes' rule on a grid.
+    One rate for all right steps is a simplification, as a hard step ahead lowers it: on the demo the
+    probabilities are too high by 3 points.
     """
     parts = max_recovery * np.geomspace(0.1, 1, 3)
     right = np.array(passed)[:, None, None]  # (n, 1, 1)
