@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Do many optimizer steps drift apart? The demo, trained packed and shared, against a naive trainer in fp32.
 
-    python bench/drift.py                     # 132 optimizer steps of each, some minutes on 2 CPU cores
+    python bench/drift.py                     # 132 optimizer steps of each, some 20 minutes on 2 CPU cores
 
 The naive one has whole logits, one sequence at a time and every prefix twice. Printed are how far the losses
 are apart, step by step, how far the exported weights (norms), and what both answer to held-out problems.
