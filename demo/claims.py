@@ -42,7 +42,7 @@ sys.path.insert(0, make.ROOT)
 import data  # noqa: E402
 import storage  # noqa: E402
 from bench.common import environment, write  # noqa: E402
-from files import content_key, lock  # noqa: E402
+from files import content_key, lock, run_command  # noqa: E402
 from pairs.grading import paired_gain  # noqa: E402
 from pairs.problems import STEP_PREFIX, find_steps  # noqa: E402
 
@@ -214,9 +214,8 @@ def prepare(args: argparse.Namespace) -> tuple[dict, list[dict]]:
         right = right_solutions(args, pairs)
         if args.tempting is not None:
             pairs = [pair for pair in pairs if pair["prompt"] in right][:count]
-        solutions = as_solutions(pairs, right)
+        make.write(f"{args.work}/solutions.jsonl", as_solutions(pairs, right))
         copies = sum(pair["prompt"] not in right for pair in pairs)
-        make.write(f"{args.work}/solutions.jsonl", solutions)
     make.write(f"{args.work}/pairs.jsonl", pairs)
     make.write(f"{args.work}/sft.jsonl", [as_supervised(pair) for pair in pairs])
 
@@ -409,4 +408,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command("demo/claims.py", main)

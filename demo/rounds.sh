@@ -4,7 +4,7 @@
 #   demo/rounds.sh [ROUNDS] [FOLDER]          # 3 rounds into runs/rounds, 16 minutes each on 2 cores
 set -euo pipefail
 cd "$(dirname "$0")/.."
-rounds=${1:-3} folder=${2:-runs/rounds} model=demo/model
+rounds=${1:-3} folder=${2:-runs/rounds} model=demo/model runs=()
 
 for round in $(seq "$rounds"); do
     here=$folder/round$round
@@ -15,6 +15,6 @@ for round in $(seq "$rounds"); do
     python demo/make.py --score "$here/pairs" --round "$round"
     torchrun --nproc_per_node 2 stepdpo.py @demo/args --model "$model" \
         --data "$here/pairs/pairs.jsonl" --eval-data 0.1 --output-dir "$here/out" --resume
-    model=$here/out/model
+    model=$here/out/model runs+=("$here/out")
 done
-python demo/errors.py $(seq -f "$folder/round%g/out" "$rounds")
+python demo/errors.py "${runs[@]}"
