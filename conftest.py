@@ -1,7 +1,9 @@
 """What all tests share: a tokenizer, step pairs, tiny models. (pytest finds this file by its name.)"""
 
 import json
+import multiprocessing
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -22,6 +24,10 @@ ENVIRONMENT = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+# Forked from a process that has imported the tests and done nothing else: at once, where a start takes ten
+# seconds, and without what other tests have started in this one.
+CHILDREN = multiprocessing.get_context("forkserver")
+CHILDREN.set_forkserver_preload(["test_stepdpo", "pairs.test_pairs"])
 
 
 def make_tokenizer():
@@ -69,6 +75,12 @@ def make_rows(count: int) -> list[dict]:
                          full_chosen=chosen + f"\nThe answer is: {2 * i}",
                          full_rejected=rejected + "\nThe answer is: 7", answer=str(2 * i)))
     return rows
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> str:

@@ -10,17 +10,19 @@ import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.attention.varlen
 import transformers
 from safetensors import safe_open
@@ -36,7 +38,18 @@ import offload
 import runs
 import stepdpo
 import storage
-from conftest import CHATML, CUDA, ENVIRONMENT, HERE, TORCHRUN, make_rows, rows_of, write_jsonl
+from conftest import (
+    CHATML,
+    CHILDREN,
+    CUDA,
+    ENVIRONMENT,
+    HERE,
+    TORCHRUN,
+    free_port,
+    make_rows,
+    rows_of,
+    write_jsonl,
+)
 from files import InputError
 from kernels import plain_logps
 
@@ -885,17 +898,45 @@ def losses_of(out) -> list[float]:
 
 if CUDA:  # the trainer is tested on the CPU there too, and on the GPU in a child process
     def start_on_cpu(minutes: float = 30) -> None:
-        if not torch.distributed.is_initialized():
-            store = torch.distributed.HashStore()
-            torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        if not dist.is_initialized():
+            alone = dict(store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group("gloo", **({} if "RANK" in os.environ else alone))
     stepdpo.start_processes, stepdpo.local_device = start_on_cpu, lambda: torch.device("cpu")
 
 
-def launch(flags: list[str], processes: int, environment: dict = ENVIRONMENT) -> subprocess.Popen:
-    command = [*TORCHRUN, str(processes)] if processes > 1 else [sys.executable]
-    return subprocess.Popen([*command, "stepdpo.py", *flags], cwd=HERE, text=True,
+def launch(flags: list[str], environment: dict = ENVIRONMENT) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "stepdpo.py", *flags], cwd=HERE, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             env=environment | {"STEPDPO_CACHE": os.environ["STEPDPO_CACHE"]})
+
+
+def _train(flags: list[str]) -> None:
+    sys.argv = ["stepdpo.py", *flags]
+    stepdpo.main()
+
+
+def _as_a_rank(environment: dict[str, str], said: Path, function: Callable, *arguments) -> None:
+    os.environ.update(environment)
+    with open(said, "w") as file:
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+    function(*arguments)
+
+
+def run_in_processes(processes: int, folder: Path, function: Callable, *arguments) -> list[str]:
+    """A function in processes as torchrun starts them, without its start. Returns what each said."""
+    environment = {**os.environ, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    said = [folder / f"said-{rank}-of-{processes}" for rank in range(processes)]
+    ranks = [CHILDREN.Process(target=_as_a_rank, args=(
+        environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, path, function, *arguments))
+        for rank, path in enumerate(said)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(200)
+    texts = [path.read_text() for path in said]
+    assert [rank.exitcode for rank in ranks] == [0] * processes, "".join(texts)
+    return texts
 
 
 def plan_of(pairs: int, batch_size: int, epochs: int, seed: int) -> list[np.ndarray]:
@@ -1126,9 +1167,7 @@ def test_mixtures_train_like_a_naive_trainer_and_their_experts_are_exported_one_
     config = make_config(workplace, tmp_path / "one", model=source, epochs=1)
     stepdpo.train(config)
     assert losses_of(tmp_path / "one") == pytest.approx(naive_training(config), abs=1e-5)
-    child = launch(make_flags(workplace, tmp_path / "two", model=source, epochs=1), 2)
-    output, _ = child.communicate(timeout=200)
-    assert child.returncode == 0, output
+    run_in_processes(2, tmp_path, _train, make_flags(workplace, tmp_path / "two", model=source, epochs=1))
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-5)
 
     before, of_one, of_two = (tensors_of(x) for x in (source, tmp_path / "one/model", tmp_path / "two/model"))
@@ -1210,13 +1249,10 @@ def test_files_of_a_model_may_stand_in_folders_but_not_outside_theirs(workplace,
 
 
 def test_any_number_of_processes_gives_the_same_losses(workplace, run, tmp_path):
-    for processes in (2, 4):
+    for processes in (2, 3, 4):
         out = tmp_path / str(processes)
         options = dict(eval_data=str(workplace / "eval.jsonl"), eval_every=3, save_every=6)
-        flags = make_flags(workplace, out, **options)
-        child = launch(flags, processes)
-        output, _ = child.communicate(timeout=200)
-        assert child.returncode == 0, output
+        run_in_processes(processes, tmp_path, _train, make_flags(workplace, out, **options))
         for ours, theirs in zip(read_metrics(out), read_metrics(run), strict=True):
             for key in ours.keys() - {"tokens_per_second", "pairs_per_second"}:
                 if key.endswith("accuracies") and ours["step"] == 0:
@@ -1253,7 +1289,7 @@ def test_rows_find_their_way_from_any_number_of_shards_to_any_other(length, befo
 def test_a_preempted_run_saves_and_resumes_to_the_same_losses(workplace, run, tmp_path, number):
     out = tmp_path / "out"
     held_out = workplace / "eval.jsonl"
-    child = launch(make_flags(workplace, out, eval_data=held_out, eval_every=3, save_every=2), 1)
+    child = launch(make_flags(workplace, out, eval_data=held_out, eval_every=3, save_every=2))
     while not (out / "metrics.jsonl").exists() or not read_metrics(out):  # it has been evaluated
         assert child.poll() is None, child.stdout.read()
         time.sleep(0.01)
@@ -1433,7 +1469,7 @@ def test_on_cuda_the_moments_visit_the_gpu_for_the_same_update(workplace, tmp_pa
     options = dict(dtype="float32", **OFFLOADABLE)
     for value in (None, what):
         flags = make_flags(workplace, tmp_path / str(value), offload=value, **options)
-        child = launch(flags, 1, dict(os.environ, TRITON_INTERPRET="0"))
+        child = launch(flags, dict(os.environ, TRITON_INTERPRET="0"))
         output, _ = child.communicate(timeout=300)
         assert child.returncode == 0, output
     assert losses_of(tmp_path / what) == pytest.approx(losses_of(tmp_path / "None"), abs=1e-5)
@@ -1441,10 +1477,7 @@ def test_on_cuda_the_moments_visit_the_gpu_for_the_same_update(workplace, tmp_pa
 
 def launch_nodes(workplace, outs: Sequence[Path], homes: Path, processes: int, **options) -> list[tuple]:
     """A torchrun for each output folder, as on nodes of their own. Returns what each printed, and status."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    nodes = []
+    nodes, port = [], free_port()
     for number, out in enumerate(outs):
         home = homes / f"home{number}"
         home.mkdir()
@@ -1487,8 +1520,8 @@ def test_nodes_that_read_other_things_are_told_so(monkeypatch, workplace, tmp_pa
         seen[:] = [mine, mine | {change: "other", "host": "second"}]
 
     stepdpo.start_processes()
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gathered)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", gathered)
     with pytest.raises(InputError, match=f"--{change}: rank 1 on second reads another content than rank 0"):
         content = {"data": "a", "model": "b"}
         runs.refuse_other_nodes({"content": content}, make_config(workplace, tmp_path))
@@ -1499,25 +1532,21 @@ def test_processes_that_share_copies_must_come_out_even(workplace, tmp_path):
         stepdpo.train(make_config(workplace, tmp_path / "out", shard_size=3))
 
 
+def _download_slowly() -> None:
+    def snapshot_download(name, local_files_only=False, **_):
+        time.sleep(0 if local_files_only else 6)
+        return f"/cache/{name}"
+
+    huggingface_hub.snapshot_download = snapshot_download
+    stepdpo.start_processes()
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), dist.group.WORLD)
+    print(storage.resolve("owner/name"))
+    dist.barrier()
+
+
 def test_a_download_may_take_longer_than_processes_wait_for_each_other(tmp_path):
-    (tmp_path / "slow.py").write_text(f"""import sys, time, huggingface_hub
-from datetime import timedelta
-sys.path.insert(0, {str(HERE)!r})
-import stepdpo, storage, torch.distributed as dist
-
-def snapshot_download(name, local_files_only=False, **_):
-    time.sleep(0 if local_files_only else 6)
-    return "/cache/" + name
-
-huggingface_hub.snapshot_download = snapshot_download
-stepdpo.start_processes()
-dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), dist.group.WORLD)
-sys.stdout.write(storage.resolve("owner/name") + chr(10))
-dist.barrier()
-""")
-    child = subprocess.run([*TORCHRUN, "2", str(tmp_path / "slow.py")], capture_output=True, text=True,
-                           timeout=200, env=ENVIRONMENT)
-    assert child.returncode == 0 and child.stdout.split() == ["/cache/owner/name"] * 2, child.stderr
+    for said in run_in_processes(2, tmp_path, _download_slowly):
+        assert said == "/cache/owner/name\n"
 
 
 def test_answers_of_a_model_that_no_process_can_hold_are_refused(workplace, tmp_path, monkeypatch):
@@ -1614,7 +1643,7 @@ def test_bad_flags_are_usage_errors(capsys, flags, message):
 
 
 def test_errors_reach_the_terminal_as_one_line(workplace, tmp_path):
-    child = launch(make_flags(workplace, tmp_path, data=tmp_path / "none.jsonl"), 1)
+    child = launch(make_flags(workplace, tmp_path, data=tmp_path / "none.jsonl"))
     output, _ = child.communicate(timeout=60)
     assert child.returncode == 2 and "Traceback" not in output
     assert f"stepdpo.py: error: {tmp_path / 'none.jsonl'}: No such file or directory" in output
@@ -1622,7 +1651,7 @@ def test_errors_reach_the_terminal_as_one_line(workplace, tmp_path):
 
 @needs_cuda
 def test_training_on_cuda_with_varlen_attention_in_bf16(workplace, tmp_path):
-    child = launch(make_flags(workplace, tmp_path, dtype="bfloat16"), 1, dict(os.environ))
+    child = launch(make_flags(workplace, tmp_path, dtype="bfloat16"), dict(os.environ))
     output, _ = child.communicate(timeout=300)
     assert child.returncode == 0, output
     losses = losses_of(tmp_path)

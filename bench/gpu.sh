@@ -50,13 +50,14 @@ if [[ -n ${DRY:-} ]]; then
     demo=(--max-steps 1) recipe=$(mktemp)
     sed 's/--test-problems [^ ]*//; s,demo/pairs,demo/eval_pairs,' demo/args > "$recipe"
     shapes=(64,32,1000 33,64,1003 --repeats 2 --skip compiled) rows=(--heads 4,2,16 --tokens 700 --repeats 2)
-    settings=(--ours='--offload gradients')
+    settings=(--ours='--offload gradients') exact=()
     shaped() { echo "--model demo/model"; }
 else
     many=(--batch-size 64 --steps 4 --rounds 2) few=(--batch-size 8 --steps 3 --rounds 1) test=() demo=() recipe=demo/args
     shapes=(1024,8192,152064 2048,3584,152064 8192,4096,151936) rows=()
     settings=(--ours='--tokens-per-micro-batch 4096' --ours=--compile --ours='--offload moments'
               --ours='--offload gradients')
+    exact=(--ours='--dtype float32')
     shaped() { echo "--shape qwen2-$1 --model $model"; }
 fi
 
@@ -68,7 +69,7 @@ steps() { # steps NAME SIZE FLAGS...: train.py on a model of that size
 }
 
 run_stage() {
-    local against_cpu=(--cpu --ours='--dtype float32' --only '^ours$|fp32|float32')
+    local against_cpu=(--cpu "${exact[@]}" --only '^ours$|fp32|float32')
     case $1 in
     # A pass holds for the code that passed, so its name carries that code's hash.
     tests) stage "tests-$(cat ./*.py | sha256sum | cut -c1-12)" 300 \

@@ -5,7 +5,6 @@ import argparse
 import http.server
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -28,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import files
-from conftest import ENVIRONMENT, HERE, TORCHRUN, rows_of, write_jsonl
+from conftest import CHILDREN, ENVIRONMENT, HERE, TORCHRUN, free_port, rows_of, write_jsonl
 from files import InputError
 from pairs import __main__ as command_line
 from pairs import grading, sampling, stages
@@ -1187,17 +1186,9 @@ def _build_in_a_child(folder, tokenizer, rank, ranks, port):
     run_scripted(folder, tokenizer, sampler)
 
 
-# Forked from a process that has imported this file and done nothing else: fast, and without what other tests
-# have started in this one.
-CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(["pairs.test_pairs"])
-
-
 def start_children(folder, tokenizer, ranks) -> list:
     scripted_problems(folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     children = [CHILDREN.Process(target=_build_in_a_child, args=(folder, tokenizer, rank, ranks, port))
                 for rank in range(ranks)]
     for child in children:
