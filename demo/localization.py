@@ -5,8 +5,9 @@
 
 Wrong solutions of the demo's model to problems that are in no other file, each searched by
 
-    this repository's rule, at several --certainty, and the one that it had before: binary search for the
-        first step after which at most half of the problem's pass rate is left, confirmed by fresh samples
+    this repository's rule, at several --certainty and with the default --max-recovery, and the one that it
+        had before: binary search for the first step after which at most half of the problem's pass rate is
+        left, confirmed by fresh samples
     "a prefix is good if any of 8 continuations is right" (Math-Shepherd, arXiv:2312.08935), step by step, and
         with binary search (OmegaPRM, arXiv:2406.06592)
     a judge, that is the generator, and names another step in 10% or 20% of the cases: alone, and where it
@@ -141,12 +142,13 @@ def compare(rows: list[Wrong], truth: list[int], samples: Samples, args: argpars
         lines[name] = score(name, steps, truth, counted.tokens() / length)
         return steps
 
-    def ours(certainty: float):
-        flags = SimpleNamespace(**{**vars(args), "certainty": certainty})
+    def ours(**changes: float):
+        flags = SimpleNamespace(**{**vars(args), **changes})
         return lambda rows, samples: locate_by_rollouts(rows, samples, flags)
 
-    found = {certainty: searched(f"this one, --certainty {certainty}", ours(certainty))
+    found = {certainty: searched(f"this one, --certainty {certainty}", ours(certainty=certainty))
              for certainty in sorted({0.7, 0.8, 0.95, args.certainty})}
+    searched("this one, --max-recovery 0.5", ours(max_recovery=0.5))
     default, spent = found[args.certainty], lines[f"this one, --certainty {args.certainty}"]
     searched("the former: half of V(0), confirmed", former)
     searched("any of 8, step by step", by_steps)
