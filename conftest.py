@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,26 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def start_ranks(count: int, folder: Path, function: Callable, *arguments) -> list:
+    """Children in which the function runs as in torchrun's processes. What each says is in said-RANK."""
+    environment = {**os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    children = []
+    for rank in range(count):
+        own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        children.append(CHILDREN.Process(target=_as_a_rank,
+                                         args=(own, folder / f"said-{rank}", function, *arguments)))
+        children[-1].start()
+    return children
+
+
+def _as_a_rank(environment: dict[str, str], said: Path, function: Callable, *arguments) -> None:
+    os.environ.update(environment)
+    with open(said, "w") as file:
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+    function(*arguments)
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> str:

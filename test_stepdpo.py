@@ -40,7 +40,6 @@ import stepdpo
 import storage
 from conftest import (
     CHATML,
-    CHILDREN,
     CUDA,
     ENVIRONMENT,
     HERE,
@@ -48,6 +47,7 @@ from conftest import (
     free_port,
     make_rows,
     rows_of,
+    start_ranks,
     write_jsonl,
 )
 from files import InputError
@@ -915,28 +915,14 @@ def _train(flags: list[str]) -> None:
     stepdpo.main()
 
 
-def _as_a_rank(environment: dict[str, str], said: Path, function: Callable, *arguments) -> None:
-    os.environ.update(environment)
-    with open(said, "w") as file:
-        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
-    function(*arguments)
-
-
 def run_in_processes(processes: int, folder: Path, function: Callable, *arguments) -> list[str]:
     """A function in processes as torchrun starts them, without its start. Returns what each said."""
-    environment = {**os.environ, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    said = [folder / f"said-{rank}-of-{processes}" for rank in range(processes)]
-    ranks = [CHILDREN.Process(target=_as_a_rank, args=(
-        environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, path, function, *arguments))
-        for rank, path in enumerate(said)]
-    for rank in ranks:
-        rank.start()
+    ranks = start_ranks(processes, folder, function, *arguments)
     for rank in ranks:
         rank.join(200)
-    texts = [path.read_text() for path in said]
-    assert [rank.exitcode for rank in ranks] == [0] * processes, "".join(texts)
-    return texts
+    said = [(folder / f"said-{rank}").read_text() for rank in range(processes)]
+    assert [rank.exitcode for rank in ranks] == [0] * processes, "".join(said)
+    return said
 
 
 def plan_of(pairs: int, batch_size: int, epochs: int, seed: int) -> list[np.ndarray]:

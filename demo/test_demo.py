@@ -103,22 +103,22 @@ def test_demo_is_small_ordinary_and_its_pairs_are_of_its_problems(sets):
 
 def test_recipe_trains_evaluates_and_shows_accuracy_before_and_after(tmp_path):
     """The README's first command, with few optimizer steps and problems."""
-    problems = write_jsonl(tmp_path / "test.jsonl", rows_of(HERE / "demo/test.jsonl")[:60])
-    command = [*TORCHRUN, "2", "stepdpo.py", "@demo/args", "--max-steps", "2", "--test-problems", problems,
+    problems = write_jsonl(tmp_path / "test.jsonl", rows_of(HERE / "demo/test.jsonl")[:150])
+    command = [*TORCHRUN, "2", "stepdpo.py", "@demo/args", "--max-steps", "4", "--test-problems", problems,
                "--output-dir", str(tmp_path / "out")]
     environment = ENVIRONMENT | {"STEPDPO_CACHE": str(tmp_path)}
     first = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=600, env=environment)
     assert first.returncode == 0, first.stdout + first.stderr
     assert re.search(r"^step    0   held-out loss 0\.6931, margin \+0\.0000, accuracy -$", first.stdout, re.M)
-    found = re.search(r"accuracy    before (\d+\.\d)%, after (\d+\.\d)% on 60 held-out problems: "
+    found = re.search(r"accuracy    before (\d+\.\d)%, after (\d+\.\d)% on 150 held-out problems: "
                       r"[+-]\d+\.\d points, 95% interval [+-]\d+\.\d to [+-]\d+\.\d", first.stdout)
     assert found and 40 <= float(found[1]) <= 65
     for number, when in enumerate(("before", "after"), 1):
         right = [row["correct"] for row in rows_of(tmp_path / f"out/{when}.jsonl")[1:]]
         right += [row["correct"] for row in rows_of(tmp_path / f"out/{when}.rank1.jsonl")[1:]]
-        assert len(right) == 60 and f"{sum(right) / 60:.1%}" == found[number] + "%"
+        assert len(right) == 150 and f"{sum(right) / 150:.1%}" == found[number] + "%"
     evaluations = [row for row in rows_of(tmp_path / "out/metrics.jsonl") if "eval/loss" in row]
-    assert [row["step"] for row in evaluations] == [0, 2]
+    assert [row["step"] for row in evaluations] == [0, 4]
 
     again = subprocess.run([*command, "--resume"], cwd=HERE, capture_output=True, text=True, timeout=600,
                            env=environment)

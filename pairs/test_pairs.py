@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import files
-from conftest import CHILDREN, ENVIRONMENT, HERE, TORCHRUN, free_port, rows_of, write_jsonl
+from conftest import CHILDREN, ENVIRONMENT, HERE, TORCHRUN, rows_of, start_ranks, write_jsonl
 from files import InputError
 from pairs import __main__ as command_line
 from pairs import grading, sampling, stages
@@ -1177,10 +1177,9 @@ def test_a_build_stopped_after_every_few_batches_ends_as_one_that_was_not(built,
     assert samples + sampler.drawn == built[1]  # and no sample was drawn twice
 
 
-def _build_in_a_child(folder, tokenizer, rank, ranks, port):
-    if ranks > 1:
-        torch.distributed.init_process_group("gloo", rank=rank, world_size=ranks,
-                                             init_method=f"tcp://127.0.0.1:{port}")
+def _build_in_a_child(folder, tokenizer):
+    if os.environ["WORLD_SIZE"] != "1":
+        torch.distributed.init_process_group("gloo")
     sampler = Scripted(tokenizer)
     sampler.nap = 0.02
     run_scripted(folder, tokenizer, sampler)
@@ -1188,12 +1187,7 @@ def _build_in_a_child(folder, tokenizer, rank, ranks, port):
 
 def start_children(folder, tokenizer, ranks) -> list:
     scripted_problems(folder)
-    port = free_port()
-    children = [CHILDREN.Process(target=_build_in_a_child, args=(folder, tokenizer, rank, ranks, port))
-                for rank in range(ranks)]
-    for child in children:
-        child.start()
-    return children
+    return start_ranks(ranks, folder, _build_in_a_child, folder, tokenizer)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
