@@ -27,7 +27,10 @@ autograd function, `linear_logps`. Letters: T tokens, D hidden size, V vocabular
 loss with respect to x.
 """
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -192,7 +195,7 @@ class _LinearLogps(torch.autograd.Function):
         return dhidden.to(hidden.dtype) if needs_hidden else None, dweight, None
 
 
-# -------------------------------------------------------------------------------------- the public function
+# ---------------------------------------------------------------------------------------- the public function
 
 
 def linear_logps(
@@ -247,3 +250,97 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
         low, high = torch.stack(targets.aminmax()).tolist()
         if low < 0 or high >= len(weight):
             raise ValueError(f"targets must be in [0, V) = [0, {len(weight)}), got {low} to {high}")
+
+
+# ---------------------------------------------------------------------------------- attention of a packed row
+
+
+class Segments(NamedTuple):
+    """How a row of L tokens is cut into S segments that attend each by itself.
+
+    The queries of a segment stand together in the row, one segment after the other. Its keys, gathered from
+    the row by `key_index`, are those of its prefix (if it has one) and then its own.
+    """
+
+    query_lengths: list[int]  # (S,), adding up to L
+    key_lengths: list[int]    # (S,), each at least as long as the queries; adding up to K
+    key_index: Tensor         # (K,) int64: places in the row
+    query_offsets: Tensor     # (S + 1,) int32: where each segment's queries begin, and L
+    key_offsets: Tensor       # (S + 1,) int32: where each segment's keys begin among the K, and K
+
+
+def visible(segments: Segments, window: int | None = None) -> Tensor:  # (L, L) bool
+    """The rule as a mask: whether a query (a line) attends to a key (a column)."""
+    L = sum(segments.query_lengths)
+    mask = torch.zeros(L, L, dtype=torch.bool, device=segments.key_index.device)
+    keys_of_segments = segments.key_index.split(segments.key_lengths)
+    place = 0
+    for n, keys in zip(segments.query_lengths, keys_of_segments, strict=True):
+        # The last n keys are the queries' own, so query i sees all keys up to m - n + i.
+        for i in range(n):
+            last = len(keys) - n + i
+            first = 0 if window is None else max(0, last + 1 - window)
+            mask[place + i, keys[first:last + 1]] = True
+        place += n
+    return mask
+
+
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments,
+    scale: float | None = None, window: int | None = None,
+) -> Tensor:
+    """The definition: what `packed_attention` computes, with a mask of the whole row in memory."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)  # (1, H, L, d)
+    scores = query @ key.transpose(2, 3) * (scale or query.shape[-1] ** -0.5)  # (1, H, L, L)
+    weights = scores.masked_fill(~visible(segments, window), float("-inf")).softmax(-1)
+    return (weights @ value).transpose(1, 2)  # (1, L, H, d)
+
+
+def packed_attention(
+    query: Tensor,  # (1, H, L, d)
+    key: Tensor,    # (1, H', L, d), where H is a multiple of H'
+    value: Tensor,  # (1, H', L, d')
+    segments: Segments,
+    scale: float | None = None,  # of the scores; None: 1 / sqrt(d)
+    window: int | None = None,   # how many keys a token sees, itself included; None: all before it
+) -> Tensor:        # (1, L, H, d')
+    """Attention of a packed row: causal in each segment, whose keys are its prefix's and then its own.
+
+    A segment has n queries and m >= n keys, and the last n keys are the queries' own: ordinary causal
+    attention that is aligned at the lower right. So no mask of a whole row is made.
+    On CUDA in 16 bits that is one call of FlashAttention's kernel for unequal lengths, as torch has it;
+    elsewhere, and for head sizes it does not take, torch's attention segment by segment.
+    """
+    key = key.index_select(2, segments.key_index)  # (1, H', K, d)
+    value = value.index_select(2, segments.key_index)
+
+    d = query.shape[-1]
+    if query.is_cuda and query.dtype != torch.float32 and d % 8 == 0 and d <= 256 and d == value.shape[-1]:
+        return _flash_attention(query, key, value, segments, scale, window)
+
+    outputs = []
+    for q, k, v in zip(query.split(segments.query_lengths, 2), key.split(segments.key_lengths, 2),
+                       value.split(segments.key_lengths, 2), strict=True):
+        n, m = q.shape[2], k.shape[2]
+        mask = None  # torch's own causal mask is aligned at the upper left, so it serves where n == m
+        if n < m or (window is not None and window < m):
+            mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
+            if window is not None:
+                mask = mask.triu(m - n - window + 1)
+        outputs.append(F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True))
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous()
+
+
+def _flash_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None,
+                     window: int | None) -> Tensor:
+    """The same in one call; key and value are gathered already, (1, H', K, d)."""
+    from torch.nn.attention import varlen  # brings the compiler with it, which takes seconds to import
+    # The kernel shares key heads by itself. torch 2.11, which GPU images still have, has no argument for it.
+    options = {"enable_gqa": True} if "enable_gqa" in varlen.varlen_attn.__kwdefaults__ else {}
+    seen = (-1, 0) if window is None else (window - 1, 0)  # keys before a token, and after it
+    return varlen.varlen_attn(
+        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1),
+        segments.query_offsets, segments.key_offsets, max(segments.query_lengths), max(segments.key_lengths),
+        scale=scale, window_size=seen, **options)[None]

@@ -21,19 +21,9 @@ import torch
 import torch.distributed as dist
 
 from data import TEMPLATES
-from files import (
-    INT,
-    SHARE,
-    TEXT,
-    URL,
-    InputError,
-    Parser,
-    checked,
-    joining,
-    print0,
-    run_command,
-)
-from runs import is_inside
+from runtime.commands import INT, SHARE, TEXT, URL, Parser, checked, joining, run_command
+from runtime.messages import InputError, print0
+from runtime.outputs import is_inside
 
 from .judge import Judge
 from .problems import FORMATS, STEP_PREFIX, read_problems

@@ -2,7 +2,7 @@
 
 import re
 
-from files import content_key
+from runtime.files import content_key
 
 from .problems import Problem
 from .sampling import Cache

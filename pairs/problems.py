@@ -13,8 +13,10 @@ import os
 import re
 from typing import Any, NamedTuple
 
-from data import HALF_CHARACTER, is_one_message, read_rows
-from files import InputError, content_key
+from runtime.files import content_key
+from runtime.messages import InputError
+from runtime.rows import is_one_message, read_rows
+from runtime.templates import HALF_CHARACTER
 
 from .grading import extract_answer
 

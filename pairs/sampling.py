@@ -24,9 +24,11 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from data import open_turn, read_tokenizer, tokenize
-from files import InputError, content_key, lock, parse_json, progress, read_bytes, writing
-from storage import FLOATS, check_config, model_identity, reading
+from data import open_turn, tokenize
+from runtime.files import content_key, lock, parse_json, read_bytes, writing
+from runtime.messages import InputError, progress
+from runtime.templates import read_tokenizer
+from runtime.weights import FLOATS, check_config, model_identity, reading
 
 from .grading import extract_answer, is_correct
 from .problems import Problem

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from typing import Any
 
-from files import InputError
+from runtime.messages import InputError
 
 TRIES = 6        # of a request
 PAUSE = 1.0      # seconds before the second try; then twice as long each time

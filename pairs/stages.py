@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch.distributed as dist
 
-from data import read_rows
-from files import InputError, add_lines, print0, read_bytes, write_atomically
+from runtime.files import add_lines, read_bytes, write_atomically
+from runtime.messages import InputError, print0
+from runtime.rows import read_rows
 
 from .grading import paired_gain, wilson_interval
 from .judge import Judge

@@ -23,12 +23,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runtime.messages import InputError
 from safetensors.torch import load_file, save_file
 
 import data
-import files
 from conftest import CHILDREN, ENVIRONMENT, HERE, TORCHRUN, rows_of, start_ranks, write_jsonl
-from files import InputError
 from pairs import __main__ as command_line
 from pairs import grading, sampling, stages
 from pairs import server as client
@@ -478,7 +477,7 @@ def _add_on_a_full_disk(path, said):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
     cache = Cache(path, dict(seed=1))
-    files.run_command("test", lambda: [cache.add([row(f"{n:020}")]) for n in range(99)])
+    commands.run_command("test", lambda: [cache.add([row(f"{n:020}")]) for n in range(99)])
 
 
 def test_on_a_full_disk_what_was_written_before_stays(tmp_path):
@@ -1603,7 +1602,7 @@ def _solve_slowly(folder, tokenizer, said):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sampler = Scripted(tokenizer)
     sampler.nap = 0.1
-    files.run_command("pairs solve", lambda: run_scripted(folder, tokenizer, sampler, command="solve"))
+    commands.run_command("pairs solve", lambda: run_scripted(folder, tokenizer, sampler, command="solve"))
 
 
 @pytest.mark.parametrize("how, status, line", [

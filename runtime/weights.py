@@ -24,7 +24,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from files import InputError, local_rank, parse_json, progress, read_bytes, refuse_model, writing
+from runtime.commands import local_rank
+from runtime.files import parse_json, read_bytes, writing
+from runtime.messages import InputError, progress, refuse_model
 
 BLOCK = 2**26  # numbers that are on their way at once: 256 MB in fp32
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -117,8 +119,8 @@ def weight_files(folder: str) -> dict[str, list[str]]:
     return files
 
 
-def count_numbers(folder: str) -> int:
-    """How many numbers the tensors of a model folder hold; only their headers are read."""
+def count_parameters(folder: str) -> int:
+    """How many parameters the tensors of a model folder hold; only their headers are read."""
     count = 0
     for path, names in weight_files(folder).items():
         with reading(folder), safe_open(f"{folder}/{path}", "pt") as file:

@@ -1,56 +1,29 @@
-"""What the trainer (stepdpo.py) and the making of pairs (pairs/) share: errors that are one line, files that
-are there completely or not at all, and flags.
-
-Three rules stand behind what is here. Bad input is an `InputError` that says where and what to do; a command
-prints it as its last line. Nothing is removed or replaced but what was written here. And what is read is
-data, never code: no pickles, no code that comes with a model.
-"""
+"""The life of a command: flags, signals, torchrun's environment, and one line as its end where it fails."""
 
 import argparse
 import ctypes
-import fcntl
-import hashlib
-import json
 import math
 import os
 import re
-import secrets
 import shlex
 import signal
-import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any, NoReturn
+from contextlib import contextmanager
+from typing import Any
 
-import safetensors
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
-
-class InputError(ValueError):
-    """Bad input: the message says where and what to do. The command lines print it without a stack trace."""
-
-
-def refuse_model(name: str, why: str) -> NoReturn:
-    raise InputError(f"{name} is not supported: {why}")
-
+from runtime.files import read_bytes
+from runtime.messages import WAITED, InputError, explained
 
 # -------------------------------------------------------------------------------------- the life of a command
 
 
-def print0(*lines: str) -> None:
-    """Print on rank 0 only, without tearing a progress bar."""
-    if os.environ.get("RANK", "0") == "0" and sys.stdout:
-        tqdm.write("\n".join(lines))
-        sys.stdout.flush()
 
 
-def progress(things: Any, desc: str, **options) -> tqdm:
-    """A progress bar that is gone when the work is done, on rank 0 only."""
-    return tqdm(things, desc=desc, leave=False, disable=os.environ.get("RANK", "0") != "0", **options)
 
 
 def run_command(name: str, command: Callable[[], None]) -> None:
@@ -89,24 +62,8 @@ def run_command(name: str, command: Callable[[], None]) -> None:
     sys.exit(status)
 
 
-WAITED = "waited in vain for another process: it hangs, or has ended"
 
 
-def explained(error: BaseException) -> str:
-    """What a user should read of an error; "" if it is a mistake in here, whose stack trace is wanted."""
-    if isinstance(error, InputError):
-        return f"error: {error}"
-    if isinstance(error, KeyboardInterrupt):
-        return "stopped by Ctrl-C; the same command goes on from what is on disk"
-    if isinstance(error, OSError):
-        return f"error: {error.filename or 'reading or writing'}: {error.strerror or error}"
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"error: out of GPU memory, smaller batches need less: {str(error).splitlines()[0]}"
-    if isinstance(error, MemoryError):
-        return "error: out of memory"
-    if isinstance(error, RuntimeError) and re.search("timed out|connection (closed|reset)", str(error), re.I):
-        return f"error: {WAITED} ({error})"
-    return ""
 
 
 @contextmanager
@@ -125,6 +82,14 @@ def noticing_stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def signal_on_any_rank(asked: list[int]) -> int:
+    """The signal that a rank was asked to stop by, 0 if none was. Collective: it may reach the ranks between
+    different optimizer steps, but all must stop after the same one."""
+    signal_number = torch.tensor(max(asked, default=0))
+    dist.all_reduce(signal_number, dist.ReduceOp.MAX)
+    return int(signal_number)
 
 
 def end_with_torchrun() -> None:
@@ -177,81 +142,18 @@ def leave_process_group() -> None:
 # ---------------------------------------------------------------------------------------- reading and writing
 
 
-def content_key(*parts: str) -> str:
-    """A name for some content: 64 bits of SHA-256, in hex."""
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def read_bytes(path: str) -> bytes:
-    try:
-        # Not to wait for ever for the other end of a pipe.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise InputError(f"{path}: is not a file, but a pipe or a device")
-            return file.read().removeprefix(b"\xef\xbb\xbf")  # the byte order mark of Windows' editors
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except ValueError as error:  # a null byte in the path
-        raise error if isinstance(error, InputError) else InputError(f"{path!r}: {error}") from None
 
 
-def parse_json(where: str, text: bytes) -> Any:
-    try:
-        return json.loads(text.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        line = where if where[-1].isdigit() else f"{where}:{error.lineno}"
-        raise InputError(f"{line}: not valid JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-        raise InputError(f"{where}: not a row: {error}") from None
 
 
-@contextmanager
-def writing(path: str) -> Iterator[None]:
-    """Turns what goes wrong inside (a full disk, a folder that is read-only) into a line about `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{path}: cannot be written: {error}") from None
 
 
-def write_atomically(path: str, text: str) -> None:
-    """Write a file so that it is there completely or not at all."""
-    # "x" follows no link that somebody put there, and the name cannot be guessed.
-    unfinished = f"{path}.{secrets.token_hex(4)}.unfinished"
-    with writing(path):
-        try:
-            with open(unfinished, "x", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-        finally:
-            with suppress(OSError):
-                os.unlink(unfinished)
 
 
-def add_lines(path: str, text: str) -> None:
-    """Add to a file's end."""
-    with writing(path), open(path, "a", encoding="utf-8") as file:
-        file.write(text)
 
 
-def lock(path: str) -> Any:
-    """The file, made if needed, for one process alone as long as the returned object lives."""
-    with writing(path):
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        file = open(path, "a+b")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{path}: another process writes there; is this command running?") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be locked: {error.strerror}") from None
-    return file
 
 
 # ------------------------------------------------------------------------------------------------------ flags
@@ -316,7 +218,22 @@ TEXT = checked(str, bool, "more than nothing")  # which an unset shell variable 
 POSITIVE_INT = checked(int, lambda x: 0 < x <= LARGEST, "above 0 and at most 10^12")
 POSITIVE_FLOAT = checked(float, lambda x: 0 < x < math.inf, "above 0")
 INT = checked(int, lambda x: 0 <= x <= LARGEST, "at least 0 and at most 10^12")
+NOT_NEGATIVE = checked(float, lambda x: 0 <= x < math.inf, "at least 0")
 SHARE = checked(float, lambda x: 0 <= x <= 1, "from 0 to 1")
+MINUTES = checked(float, lambda x: 0 < x <= 1e6, "above 0 and at most 1000000")
 # Without a name and password in it, which messages would show.
 URL = checked(str, lambda x: re.fullmatch(r"https?://[\w.:\[\]-]+(/[^\s@]*)?", x, re.A),
               "an address like http://localhost:8000")
+
+
+def SOURCE_OR_SHARE(text: str) -> str | float:
+    """A file or hub dataset; or, where no file is called that, a share of the training data."""
+    try:
+        share = float(text)
+    except ValueError:
+        return TEXT(text)
+    if os.path.exists(text):
+        return text
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"must be a file or above 0 and below 1, got {text}")
+    return share

@@ -22,6 +22,7 @@ down. On a machine without a GPU nothing moves, and the same code runs.
 
 from collections.abc import Iterable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,15 @@ def on_host(tensor: Tensor) -> Tensor:
     return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=torch.cuda.is_available())
 
 
-class HostAdamW(torch.optim.AdamW):
+class ShardedAdamW(torch.optim.AdamW):
+    """AdamW for parameters that FSDP has sharded."""
+
+    def clip_grad_norm(self, limit: float) -> DTensor:
+        """Scale the gradients so that their norm is at most `limit`. Returns what it was, over all shards."""
+        return nn.utils.clip_grad_norm_(self.param_groups[0]["params"], limit)
+
+
+class HostAdamW(ShardedAdamW):
     """AdamW for sharded parameters, with its moments, and if wanted the gradients, in host memory."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], **options):
@@ -108,15 +117,23 @@ class HostAdamW(torch.optim.AdamW):
         super().zero_grad()
         self.norms.clear()
 
+    @torch.no_grad()
+    def clip_grad_norm(self, limit: float) -> DTensor:
+        if not self.gradients:
+            return super().clip_grad_norm(limit)
+        # Those in host memory are scaled when they come for their update.
+        parameters = self.param_groups[0]["params"]
+        norms = [self.norms[parameter] for parameter in parameters if parameter in self.norms]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        self.clip = (limit / (norm.full_tensor() + 1e-6)).clamp(max=1.0)
+        return norm
 
-@torch.no_grad()
-def clip_grad_norm_(optimizer: torch.optim.Optimizer, limit: float) -> DTensor:
-    """`nn.utils.clip_grad_norm_`: scales the gradients so that their norm is at most `limit`, and returns
-    what it was. Those in host memory are scaled when they come for their update."""
-    if not getattr(optimizer, "gradients", None):
-        return nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], limit)
-    parameters = optimizer.param_groups[0]["params"]
-    norms = [optimizer.norms[parameter] for parameter in parameters if parameter in optimizer.norms]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
-    optimizer.clip = (limit / (norm.full_tensor() + 1e-6)).clamp(max=1.0)
-    return norm
+
+def make_adamw(parameters: Iterable[nn.Parameter], offload: str | None, **options: Any) -> ShardedAdamW:
+    """The optimizer, with what --offload names in host memory."""
+    if not offload:
+        return ShardedAdamW(parameters, fused=True, **options)
+    optimizer = HostAdamW(parameters, fused=True, **options)
+    if offload == "gradients":
+        optimizer.take_gradients()
+    return optimizer
