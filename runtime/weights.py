@@ -280,13 +280,13 @@ def places_in(model: nn.Module, stored_names: Iterable[str]) -> dict[str, Place]
             continue
 
         # The pattern is like "experts.*.up_proj.weight", and what stands for the star is the expert's number.
-        join = join_of[pattern]
-        with_number = re.search(pattern.replace("*.", r"(?P<expert>\d+)\."), apply_renamings(stored, renamings))
-        if not joins_experts(join) or not with_number:
+        join, with_number = join_of[pattern], pattern.replace("*.", r"(?P<expert>\d+)\.")
+        found = re.search(with_number, apply_renamings(stored, renamings))
+        if not joins_experts(join) or not found:
             refuse_model(type(model).__name__, "transformers cuts or joins the tensors in its files "
                                                f"({stored} becomes part of {name})")
         parts = join.source_patterns
-        places[stored] = Place(name, int(with_number["expert"]), parts.index(pattern), len(parts))
+        places[stored] = Place(name, int(found["expert"]), parts.index(pattern), len(parts))
     return places
 
 
@@ -457,13 +457,13 @@ def gathered(tensors: dict[str, Tensor], places: dict[str, Place], source: str,
             continue
         tensor = tensors[target_name]
         tensor = tensor.to(FLOATS.get(dtype, tensor.dtype))  # before it is sent: two bytes, not four
+        all_are_here()  # also the writer, who comes from its disk
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         for name in names:
             if not is_finite(places[name].within(whole)):
                 raise InputError(f"{source}: not written again, as {name} is no longer finite; "
                                  "lower the --learning-rate")
             yield name, places[name].within(whole)
-            all_are_here()  # the writer comes back from its disk
         del tensor, whole  # before the next one comes
 
 
