@@ -1,8 +1,9 @@
-"""README's recipes, taken from its text: the copied loss is the definition, a changed loss is seen everywhere."""
+"""README's recipes, taken from its text: the copied loss is right, a changed loss is seen everywhere."""
 
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -50,7 +51,8 @@ def test_the_copied_loss_is_the_definition(tiny):
     names["losses"].sum().backward()
     weight = model.get_output_embeddings().weight
     gradient, weight.grad = weight.grad, None
-    (-F.logsigmoid(margin + 0.4 * (expected[0] - expected[1] - (expected[0] - expected[1]).detach()))).backward()
+    difference = expected[0] - expected[1]
+    (-F.logsigmoid(margin + 0.4 * (difference - difference.detach()))).backward()
     torch.testing.assert_close(gradient, weight.grad, rtol=1e-4, atol=1e-6)
 
 
@@ -58,17 +60,17 @@ def apply(change: str, text: str) -> str:
     """A block of README's in the form of `diff`: lines with a +, after lines that stand in the text once."""
     context = "".join(line[1:] for line in change.splitlines(keepends=True) if line.startswith(" "))
     added = "".join(line[1:] for line in change.splitlines(keepends=True) if line.startswith("+"))
-    assert text.count(context) == 1, f"README's context is not in stepdpo.py: {context}"
+    assert text.count(context) == 1, f"README's context is not in the code: {context}"
     return text.replace(context, context + added)
 
 
 def test_a_changed_loss_is_trained_on_logged_and_measured_on_held_out_pairs(tiny, tmp_path):
-    for name in ("kernels.py", "data.py", "runtime"):
-        (tmp_path / name).symlink_to(HERE / name)
-    text = (HERE / "stepdpo.py").read_text()
-    for change in blocks("Change the loss", "diff"):
-        text = apply(change, text)
-    (tmp_path / "stepdpo.py").write_text(text)
+    shutil.copytree(HERE / "runtime", tmp_path / "runtime", ignore=shutil.ignore_patterns("tests"))
+    for name in ("stepdpo.py", "kernels.py", "data.py"):
+        shutil.copy(HERE / name, tmp_path)
+    changes = blocks("Change the loss", "diff")
+    for name, change in zip(("stepdpo.py", "runtime/flags.py"), changes, strict=True):
+        (tmp_path / name).write_text(apply(change, (HERE / name).read_text()))
 
     # One pair per step and one held out, so that the margin says what its loss must be.
     pairs = write_jsonl(tmp_path / "pairs.jsonl", make_rows(2))
