@@ -112,6 +112,8 @@ def extra_bytes(run: Callable[[], None]) -> int:
 
 def sizes(config) -> tuple[int, int]:
     """(parameters but embedding and head, V D) of a model of this configuration; nothing is allocated."""
+    from runtime import hub_kernels
+    hub_kernels.keep_out()
     from transformers import AutoModelForCausalLM
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -124,10 +126,10 @@ def naive_training(config) -> tuple[list[float], Any]:
     """(losses, trained model) of the trainer's optimizer steps, made as plainly as can be: fp32 on a CPU,
     whole logits, one sequence at a time."""
     from torch.nn.functional import logsigmoid
-    from transformers import AutoModelForCausalLM
 
     import data
-    import stepdpo
+    import stepdpo  # before transformers' classes: it keeps hub kernels out
+    from transformers import AutoModelForCausalLM  # isort: skip
     model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).eval()
     pairs, _ = data.encode(data.read_rows(config.data[0]), data.read_tokenizer(config.model), config.template,
                            config.instruction, config.span, config.max_length)

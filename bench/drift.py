@@ -13,12 +13,12 @@ import os
 import tempfile
 
 from common import CUDA, HERE, ROOT, announced_environment, naive_training, write
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import stepdpo
+import stepdpo  # before transformers' classes: it keeps hub kernels out
 from pairs.problems import read_problems
 from pairs.sampling import Sample, Samples, Settings
 from pairs.stages import solve
+from transformers import AutoModelForCausalLM, AutoTokenizer  # isort: skip
 
 
 def answers_of(model: str, config: argparse.Namespace) -> list[Sample]:

@@ -140,11 +140,11 @@ def run_trl(spec: dict) -> dict:
     """DPOTrainer with these options on the same token ids in the same order, at the same learning rates."""
     from datasets import Dataset
     from torch.optim.lr_scheduler import LambdaLR
-    from transformers import AutoTokenizer, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
 
     import data
-    import stepdpo
+    import stepdpo  # before transformers' classes: it keeps hub kernels out
+    from transformers import AutoTokenizer, TrainerCallback  # isort: skip
+    from trl import DPOConfig, DPOTrainer  # isort: skip
     config = stepdpo.parse(["--model", spec["model"], "--data", spec["data"], "--output-dir", spec["folder"],
                             *spec["common"]])
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
@@ -196,6 +196,8 @@ def run_trl(spec: dict) -> dict:
 
 def run_random(spec: dict) -> dict:
     """A folder with random bf16 weights of that shape, and the tokenizer of another model."""
+    from runtime import hub_kernels
+    hub_kernels.keep_out()
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
     torch.manual_seed(0)
     config = Qwen2Config(**SHAPES[spec["shape"]], rope_theta=1e6, max_position_embeddings=32768)
