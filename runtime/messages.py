@@ -8,7 +8,6 @@ import re
 import sys
 from typing import Any, NoReturn
 
-import torch
 from tqdm import tqdm
 
 
@@ -27,9 +26,9 @@ def print0(*lines: str) -> None:
         sys.stdout.flush()
 
 
-def progress(things: Any, desc: str, **options) -> tqdm:
-    """A progress bar that is gone when the work is done, on rank 0 only."""
-    return tqdm(things, desc=desc, leave=False, disable=os.environ.get("RANK", "0") != "0", **options)
+def progress(things: Any, desc: str, leave: bool = False, **options) -> tqdm:
+    """A progress bar on rank 0 only, which is gone when the work is done unless it shall be left."""
+    return tqdm(things, desc=desc, leave=leave, disable=os.environ.get("RANK", "0") != "0", **options)
 
 
 WAITED = "waited in vain for another process: it hangs, or has ended"
@@ -43,7 +42,7 @@ def explained(error: BaseException) -> str:
         return "stopped by Ctrl-C; the same command goes on from what is on disk"
     if isinstance(error, OSError):
         return f"error: {error.filename or 'reading or writing'}: {error.strerror or error}"
-    if isinstance(error, torch.OutOfMemoryError):
+    if type(error).__name__ == "OutOfMemoryError":  # torch's
         return f"error: out of GPU memory, smaller batches need less: {str(error).splitlines()[0]}"
     if isinstance(error, MemoryError):
         return "error: out of memory"
