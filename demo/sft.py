@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data  # noqa: E402
-from runtime.commands import INT, POSITIVE_FLOAT, POSITIVE_INT  # noqa: E402
+from runtime.flags import INT, POSITIVE_FLOAT, POSITIVE_INT  # noqa: E402
 from runtime.rows import read_rows  # noqa: E402
 
 
