@@ -56,7 +56,7 @@ def read_problems(path: str) -> list[Problem]:
 
 
 def _problem(where: str, row: dict, name: str) -> Problem:
-    """Of a row in one of FORMATS; `name` is that of the dataset, if the row has none."""
+    """The problem of a row in one of FORMATS; `name` is that of the dataset, if the row has none."""
     prompt, answer, reference = _fields(where, row)
     if isinstance(prompt, list):
         if not is_one_message(prompt):
@@ -124,10 +124,11 @@ class Step(NamedTuple):
 
 
 def find_steps(solution: str) -> list[Step] | None:
-    """A step runs to the next line that begins `Step k:`; a step mentioned within a line is text.
+    """The numbered steps of a solution, or None if they are not clear.
 
-    None if the lines that look like the beginning of a step are not exactly `Step 1:` .. `Step n:`, or if a
-    step is empty: no guessing.
+    A step runs to the next line that begins `Step k:`; a step mentioned within a line is text. Nothing is
+    guessed: the lines that look like the beginning of a step must be exactly `Step 1:` .. `Step n:`, and no
+    step may be empty.
     """
     headings = []
     looks_like_a_step = re.finditer(r"^[^\w\n]*step[ \t]*\d+[^\w\n]*?[:.)]", solution, re.M | re.I)
