@@ -53,11 +53,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from kernels import Segments
+from runtime.flags import TEMPLATES
 from runtime.messages import InputError, progress
-from runtime.templates import chat_turn
+from runtime.templates import chat_turn, end_of_answer, refuse_lost_text
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-TEMPLATES = ("chat", "alpaca", "deepseek-math")
 # The fields that are trained on.
 SPANS = {"step": ("chosen", "rejected"), "solution": ("full_chosen", "full_rejected")}
 
@@ -78,7 +78,8 @@ class Pair(NamedTuple):
         return prefixes * len(self.prefix) + len(self.chosen) + len(self.rejected)
 
 
-def open_turn(tokenizer: Any, prompt: str, template: str, instruction: str | None = None) -> str:
+def open_turn(tokenizer: Any, prompt: str, template: str, instruction: str | None = None,
+              template_args: dict[str, Any] | None = None) -> str:
     """The text before the model's answer, up to its first reasoning step.
 
     `instruction` stands behind the problem; None is the template's own.
@@ -88,7 +89,7 @@ def open_turn(tokenizer: Any, prompt: str, template: str, instruction: str | Non
     user = f"{prompt}\n{instruction}" if instruction else prompt
 
     if template == "chat":
-        return chat_turn(tokenizer, user)  # the assistant's turn is left open: its steps go on from there
+        return chat_turn(tokenizer, user, template_args)  # the assistant's turn is left open for its steps
     if template == "alpaca":
         return ("Below is an instruction that describes a task. "
                 "Write a response that appropriately completes the request.\n\n"
@@ -98,16 +99,17 @@ def open_turn(tokenizer: Any, prompt: str, template: str, instruction: str | Non
     raise InputError(f"--template must be one of {', '.join(TEMPLATES)}, got {template!r}")
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], template: str) -> list[list[int]]:
+def tokenize(tokenizer: Any, texts: Sequence[str], template: str, where: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, with BOS exactly where the model has it and never an EOS.
 
     A chat template writes BOS itself, so nothing is added to its text. Otherwise BOS is put in front if and
-    only if that is what this tokenizer does with any text.
+    only if that is what this tokenizer does with any text. `where` says for messages where each text is from.
     """
     if not texts:
         return []
     # Without special tokens: the tokenizer would add an EOS, or a second BOS.
     ids = tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+    refuse_lost_text(tokenizer, texts, ids, where)
     bos = tokenizer.bos_token_id
     if template != "chat" and bos is not None and tokenizer("a").input_ids[0] == bos:
         return [[bos, *text] for text in ids]
@@ -120,31 +122,33 @@ def encode(
     template: str,
     instruction: str | None,
     span: str,  # "step": one reasoning step after the shared ones; "solution": all that follows (plain DPO)
+    template_args: dict[str, Any] | None = None,  # variables of the chat template
 ) -> list[Pair]:
     """The pair of each row.
 
     A reasoning step is *not* followed by an end-of-sequence token: it is not the end of the answer. Prefix
     and branch are tokenized together, as the model saw them when it wrote them; the shared prefix is what
     both results have in common with the prefix tokenized alone, so no merge across the boundary is invented
-    or lost.
+    or lost. A whole solution ends as the model's answers do.
     """
-    end = []
+    end_text, end = "", []
     if span == "solution":
-        if tokenizer.eos_token_id is None:
-            raise InputError(f"{tokenizer.name_or_path}: --span solution ends with EOS, "
-                             "but the tokenizer has no eos_token")
-        end = [tokenizer.eos_token_id]
+        end_text, end_id = end_of_answer(tokenizer, template, template_args)
+        end = [end_id]
 
-    texts = []  # of each row three: the prefix, prefix + chosen, prefix + rejected
-    for _, row in progress(rows, f"template {template}"):
+    texts, places = [], []  # of each row three: the prefix, prefix + chosen, prefix + rejected
+    for where, row in progress(rows, f"template {template}"):
         steps = row["initial_reason_steps"]
-        prefix = open_turn(tokenizer, prompt_of(row), template, instruction) + steps
+        prefix = open_turn(tokenizer, prompt_of(row), template, instruction, template_args) + steps
         texts.append(prefix)
         for name in SPANS[span]:
-            # A full solution may repeat the reasoning steps it goes on from.
-            branch = row[name].removeprefix(steps) if span == "solution" else row[name]
+            branch = row[name]
+            if span == "solution":  # which may repeat the steps it goes on from, and end as an answer does
+                branch = without_end(branch.removeprefix(steps), end_text)
             texts.append(prefix + branch)
-    ids = tokenize(tokenizer, texts, template)  # in one call, because fast tokenizers then use all cores
+        places += [where] * 3
+    # In one call, because fast tokenizers then use all cores.
+    ids = tokenize(tokenizer, texts, template, places)
 
     pairs = []
     for i, (where, _) in enumerate(rows):
@@ -153,6 +157,11 @@ def encode(
         shared = _common_length(prefix, chosen, rejected)
         pairs.append(Pair(chosen[:shared], chosen[shared:] + end, rejected[shared:] + end, where))
     return pairs
+
+
+def without_end(text: str, end: str) -> str:
+    """The text without the control token that ends an answer, if it has it."""
+    return text.rstrip().removesuffix(end) if text.rstrip().endswith(end) else text
 
 
 def prompt_of(row: dict) -> str:

@@ -1,30 +1,40 @@
-"""Per-token log-probabilities of a language-model head, without the logits.
+"""Why neither logits nor attention masks need to exist: `linear_logps` and `packed_attention`.
 
-The problem. log p(target | hidden) = z[target] - logsumexp(z) with z = W hidden needs one number per token,
-but the plain way makes V of them: at 4096 tokens and a vocabulary of 152,064 that is 2.5 GB per fp32 copy of
-the logits, and log-softmax and its gradient want several copies. Nothing of that is needed at once.
+**The head.** log p(target | hidden) = z[target] - logsumexp(z) with z = W hidden is one number per token,
+but the plain way to it makes V of them: at 4096 tokens and a vocabulary of 152,064 that is 2.5 GB per fp32
+copy of the logits, and log-softmax and its gradient want several copies. Nothing of that is needed at once.
 
-Forward. Walk over the vocabulary in blocks. A vendor GEMM makes the block's logits, a tile (T, BLOCK) in
-fp32; a row kernel folds the tile into three running numbers per token, then the next block overwrites it:
+Forward: walk over the vocabulary in blocks. A matrix product makes the block's logits, a tile (T, BLOCK) in
+fp32; a Triton kernel folds the tile into three running numbers per token, then the next tile overwrites it:
 
     m' = max(m, max_j z_j)   s' = s exp(m - m') + sum_j exp(z_j - m')   t' = z[target] if in the block, else t
     log p = (t - m) - log s  starting from m = -inf, s = 0
 
-Backward. With g = dL/dlogp, and the tile made again (2 T V D more FLOPs, instead of keeping T x V numbers):
+Backward: with g = dL/dlogp, and the tile made again (2 T V D more FLOPs, instead of keeping T x V numbers):
 
     dz_j = g (1[j = target] - exp(z_j - m) / s)     dW_block = dz^T hidden     dhidden += dz W_block
 
-Each row of dW is written exactly once: no accumulator, no atomics, the same result every time. 8 T V D FLOPs
-in all, 6 of which any method needs. Every vocabulary entry takes part; skipping "small" ones would bias dW.
+Each block of dW is written exactly once: no accumulator, no atomics, the same result every time. 8 T V D
+FLOPs in all, 6 of which any method needs. Every vocabulary entry takes part; skipping "small" ones would
+bias dW.
 
-A row kernel reads each tile once, 4 T V bytes over all blocks: 0.6 GB at T = 1024, V = 152,064, little beside
-the 2.6 TFLOP of one GEMM over them at D = 8192. The logits stay fp32 all the way; bf16 logits would put
-0.02-0.04 nats of noise on every token.
+Why the product is not inside the Triton kernel, as "fused" suggests: it is nearly all of the work, and the
+vendor's is the fastest there is. At T = 1024, D = 8192, V = 152,064 on an H200 a product takes 3.5 ms, and
+writing and reading all its tiles about 0.3 ms, which is what fusing could save. Forward and backward take
+15.2 ms here, and 46.7 ms in cut-cross-entropy, which fuses them (bench/README.md). The logits stay fp32 all
+the way: in bf16 they would put 0.02-0.04 nats of noise on every token.
 
-This file needs torch and triton only. Copy it, call `linear_logps`, and build any loss on what it returns.
-In reading order: the definition in plain torch, two Triton kernels, one tile forward and backward, the
-autograd function, `linear_logps`. Letters: T tokens, D hidden size, V vocabulary; `dx` is the gradient of the
-loss with respect to x.
+**Attention.** A batch holds many pairs in one sequence, each with a prefix and two branches that see it and
+not each other (drawn in data.py). A mask of the whole sequence would have L x L entries, most of them 0.
+Instead each segment attends by itself, to the keys of its prefix and then its own: ordinary causal attention.
+
+This file needs torch and triton only, and can be copied alone; build any loss on the log-probabilities that
+`linear_logps` returns. (Hugging Face has a package `kernels` too; where that is installed, rename the copy.)
+
+In reading order. The head: its definition in plain torch, two Triton kernels, one tile forward and backward,
+the autograd function, `linear_logps`. Attention: segments, its definition in masks, `packed_attention`.
+Letters: T tokens, D hidden size, V vocabulary; L length of a sequence, H heads, d head size; `dx` is the
+gradient of the loss with respect to x.
 """
 
 from typing import NamedTuple
@@ -35,8 +45,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 8448  # rows of W per tile: 18 x 8448 = 152,064 (Qwen2); 33 x 256 columns fill whole waves on 132 SMs
-BLOCK_CPU = 2048  # a tile that stays in the caches
+# Vocabulary entries of a tile: 18 x 8448 = 152,064 (Qwen2), and 33 x 256 columns fill whole waves on 132 SMs.
+BLOCK = 8448
+BLOCK_CPU = 2048  # on a CPU, so that a tile stays in the caches
 
 
 def plain_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -53,35 +64,35 @@ def plain_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 @triton.jit
 def _fold_kernel(tile, targets, maximum, total, target_logit, start, width, CHUNK: tl.constexpr):
     """Fold a tile into the running maximum m, sum of exponentials s = `total` and target logit, each (T,)."""
-    row = tl.program_id(0).to(tl.int64)  # 64 bits: row * width may exceed 2^31
-    m, s = tl.load(maximum + row), tl.load(total + row)
+    token = tl.program_id(0).to(tl.int64)  # 64 bits: token * width may exceed 2^31
+    m, s = tl.load(maximum + token), tl.load(total + token)
 
     for offset in range(0, width, CHUNK):
         column = offset + tl.arange(0, CHUNK)
-        z = tl.load(tile + row * width + column, mask=column < width, other=float("-inf"))
+        z = tl.load(tile + token * width + column, mask=column < width, other=float("-inf"))
         new_m = tl.maximum(m, tl.max(z, 0))
         s = s * tl.exp(m - new_m) + tl.sum(tl.exp(z - new_m), 0)
         m = new_m
 
-    tl.store(maximum + row, m)
-    tl.store(total + row, s)
+    tl.store(maximum + token, m)
+    tl.store(total + token, s)
 
     # Of all blocks exactly one holds the target; the others leave its logit alone.
-    target = tl.load(targets + row) - start
+    target = tl.load(targets + token) - start
     if (target >= 0) & (target < width):
-        tl.store(target_logit + row, tl.load(tile + row * width + target))
+        tl.store(target_logit + token, tl.load(tile + token * width + target))
 
 
 @triton.jit
 def _dtile_kernel(tile, targets, maximum, total, dlogps, dtile, start, width, CHUNK: tl.constexpr):
     """dtile = dlogps * (onehot(target) - softmax), in the dtype of `dtile`, which may be `tile`."""
-    row = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
-    z = tl.load(tile + row * width + column, mask=column < width, other=float("-inf"))
-    onehot = (column == tl.load(targets + row) - start).to(tl.float32)
-    softmax = tl.exp(z - tl.load(maximum + row)) / tl.load(total + row)
-    dz = tl.load(dlogps + row) * (onehot - softmax)
-    tl.store(dtile + row * width + column, dz.to(dtile.dtype.element_ty), mask=column < width)
+    z = tl.load(tile + token * width + column, mask=column < width, other=float("-inf"))
+    onehot = (column == tl.load(targets + token) - start).to(tl.float32)
+    softmax = tl.exp(z - tl.load(maximum + token)) / tl.load(total + token)
+    dz = tl.load(dlogps + token) * (onehot - softmax)
+    tl.store(dtile + token * width + column, dz.to(dtile.dtype.element_ty), mask=column < width)
 
 
 _INTERPRETED = not isinstance(_fold_kernel, triton.JITFunction)  # TRITON_INTERPRET=1 when triton was imported
@@ -97,7 +108,7 @@ def _operand(x: Tensor) -> Tensor:
 
 
 def _blocks(weight: Tensor):
-    """(start, rows [start, start + width) of weight), block by block."""
+    """(start, weight[start:start + width]), block by block."""
     width = BLOCK if weight.is_cuda else BLOCK_CPU
     for start in range(0, len(weight), width):
         yield start, _operand(weight[start:start + width])
@@ -110,9 +121,9 @@ def _logits(hidden: Tensor, block: Tensor) -> Tensor:  # (T, D), (width, D) -> (
 
 
 def _targets_within(tile: Tensor, targets: Tensor, start: int) -> tuple[Tensor, Tensor]:
-    """(rows, columns) of the targets that lie in this tile."""
-    rows = ((targets >= start) & (targets < start + tile.shape[1])).nonzero()[:, 0]
-    return rows, targets[rows] - start
+    """(tokens, columns) of the targets that lie in this tile."""
+    tokens = ((targets >= start) & (targets < start + tile.shape[1])).nonzero()[:, 0]
+    return tokens, targets[tokens] - start
 
 
 def _fold(tile: Tensor, targets: Tensor, maximum: Tensor, total: Tensor, target_logit: Tensor,
@@ -123,8 +134,8 @@ def _fold(tile: Tensor, targets: Tensor, maximum: Tensor, total: Tensor, target_
         _fold_kernel[grid](tile, targets, maximum, total, target_logit, start, tile.shape[1], CHUNK=_CHUNK)
         return
 
-    rows, columns = _targets_within(tile, targets, start)
-    target_logit[rows] = tile[rows, columns]
+    tokens, columns = _targets_within(tile, targets, start)
+    target_logit[tokens] = tile[tokens, columns]
     new_maximum = torch.maximum(maximum, tile.amax(1))
     total.mul_((maximum - new_maximum).exp_())
     total.add_(tile.sub_(new_maximum[:, None]).exp_().sum(1))
@@ -140,9 +151,9 @@ def _dtile(tile: Tensor, targets: Tensor, maximum: Tensor, total: Tensor, dlogps
         _dtile_kernel[grid](tile, targets, maximum, total, dlogps, dtile, start, tile.shape[1], CHUNK=_CHUNK)
         return dtile
 
-    rows, columns = _targets_within(tile, targets, start)
+    tokens, columns = _targets_within(tile, targets, start)
     dtile = tile.sub_(maximum[:, None]).exp_().mul_((-dlogps / total)[:, None])
-    dtile[rows, columns] += dlogps[rows]
+    dtile[tokens, columns] += dlogps[tokens]
     return dtile
 
 
@@ -179,11 +190,11 @@ class _LinearLogps(torch.autograd.Function):
             dtile = _dtile(_logits(operand, block), targets, maximum, total, dlogps, start, operand.dtype)
 
             if needs_weight:
-                rows = dweight[start:start + len(block)]
-                if rows.dtype == dtile.dtype:
-                    torch.mm(dtile.T, operand, out=rows)
+                dblock = dweight[start:start + len(block)]
+                if dblock.dtype == dtile.dtype:
+                    torch.mm(dtile.T, operand, out=dblock)
                 else:  # 16-bit weight on a CPU
-                    rows.copy_(dtile.T @ operand)
+                    dblock.copy_(dtile.T @ operand)
 
             if needs_hidden:
                 if dtile.dtype == torch.float32:
@@ -252,19 +263,19 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
             raise ValueError(f"targets must be in [0, V) = [0, {len(weight)}), got {low} to {high}")
 
 
-# ---------------------------------------------------------------------------------- attention of a packed row
+# --------------------------------------------------------------------------------------- attention of a batch
 
 
 class Segments(NamedTuple):
-    """How a row of L tokens is cut into S segments that attend each by itself.
+    """How a sequence of L tokens is cut into S segments that attend each by itself.
 
-    The queries of a segment stand together in the row, one segment after the other. Its keys, gathered from
-    the row by `key_index`, are those of its prefix (if it has one) and then its own.
+    The queries of a segment stand together in it, one segment after the other. Its keys, gathered from
+    the sequence by `key_index`, are those of its prefix (if it has one) and then its own.
     """
 
     query_lengths: list[int]  # (S,), adding up to L
     key_lengths: list[int]    # (S,), each at least as long as the queries; adding up to K
-    key_index: Tensor         # (K,) int64: places in the row
+    key_index: Tensor         # (K,) int64: places in the sequence
     query_offsets: Tensor     # (S + 1,) int32: where each segment's queries begin, and L
     key_offsets: Tensor       # (S + 1,) int32: where each segment's keys begin among the K, and K
 
@@ -289,7 +300,7 @@ def plain_attention(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments,
     scale: float | None = None, window: int | None = None,
 ) -> Tensor:
-    """The definition: what `packed_attention` computes, with a mask of the whole row in memory."""
+    """The definition: what `packed_attention` computes, with a mask of the whole sequence in memory."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)  # (1, H, L, d)
     scores = query @ key.transpose(2, 3) * (scale or query.shape[-1] ** -0.5)  # (1, H, L, L)
@@ -305,10 +316,10 @@ def packed_attention(
     scale: float | None = None,  # of the scores; None: 1 / sqrt(d)
     window: int | None = None,   # how many keys a token sees, itself included; None: all before it
 ) -> Tensor:        # (1, L, H, d')
-    """Attention of a packed row: causal in each segment, whose keys are its prefix's and then its own.
+    """Attention of a batch: causal in each segment, whose keys are its prefix's and then its own.
 
     A segment has n queries and m >= n keys, and the last n keys are the queries' own: ordinary causal
-    attention that is aligned at the lower right. So no mask of a whole row is made.
+    attention that is aligned at the lower right. So no mask of the whole sequence is made.
     On CUDA in 16 bits that is one call of FlashAttention's kernel for unequal lengths, as torch has it;
     elsewhere, and for head sizes it does not take, torch's attention segment by segment.
     """

@@ -13,8 +13,8 @@ where pi_ref is the model before training. Only s_win and s_lose are trained on;
         --data xinlai/Math-Step-DPO-10K --output-dir OUT
 
 In reading order: the loss; the policy, a model that returns log-probabilities of spans; one optimizer step;
-the training; building and sharding the model; flags. data.py says what a pair is and how it becomes tokens,
-kernels.py why neither logits nor masks exist. What a run needs around the method is in runtime/.
+the training; building and sharding the model; the command. data.py says what a pair is and how it becomes tokens,
+kernels.py why neither logits nor masks exist. What a run needs around the method is in runtime/, the flags too.
 """
 
 import argparse
@@ -24,6 +24,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
+
+from runtime.flags import flags, parse
+
+if __name__ == "__main__":
+    flags().parse_args()  # before the imports that take seconds, so that a wrong flag is told at once
 
 import torch
 import torch.distributed as dist
@@ -36,7 +41,6 @@ import data
 from data import Batch, Pair
 from kernels import linear_logps
 from runtime import architectures, checkpoints, commands, offload, outputs, startup, weights
-from runtime.commands import INT, NOT_NEGATIVE, POSITIVE_FLOAT, POSITIVE_INT, SHARE, TEXT
 from runtime.messages import InputError, print0, progress
 from runtime.startup import Run, local_device
 
@@ -399,69 +403,7 @@ def shard(policy: Policy, config: Config) -> None:
         head.weight = embedding.weight  # _apply has made two of one
 
 
-# ------------------------------------------------------------------------------------------------------ flags
-
-
-def flags() -> commands.Parser:
-    """The defaults are the paper's, where the paper has the thing."""
-    parser = commands.Parser("stepdpo.py", description=__doc__, epilog=(
-        "@FILE reads flags from FILE, written as on the command line; # starts a comment."))
-    switch, cuda = argparse.BooleanOptionalAction, torch.cuda.is_available()
-
-    add = parser.add_argument_group("model and data").add_argument
-    add("--model", type=TEXT, required=True, help="to train: a folder with safetensors, or hub name")
-    add("--data", type=TEXT, nargs="+", required=True, metavar="FILE",
-        help="step pairs: .jsonl, .json, .parquet files or hub datasets")
-    add("--output-dir", type=TEXT, required=True, help="for metrics.jsonl, run.json, checkpoints/, model/")
-    add("--reference", type=TEXT, help="reference model [the model itself before training]")
-    add("--span", choices=data.SPANS, default="step", help="one step, or whole solutions: plain DPO [step]")
-    add("--template", choices=data.TEMPLATES, default="chat", help="around problem and answer [chat]")
-    add("--instruction", help="text after the problem in the user turn, '' for none [the template's own]")
-    add("--max-length", type=POSITIVE_INT, default=1024, help="tokens; drop longer pairs, counted [1024]")
-
-    add = parser.add_argument_group("the method").add_argument
-    add("--beta", type=POSITIVE_FLOAT, default=0.4,
-        help="strength of the pull towards the reference; paper: 0.4, and 0.5 for 72B [0.4]")
-    add("--nll-weight", type=NOT_NEGATIVE, default=0.0, metavar="W",
-        help="add W times the negative log-likelihood per token of the chosen step to the loss [0]")
-    add("--learning-rate", type=POSITIVE_FLOAT, default=5e-7, help="at its peak; then cosine to 0 [5e-7]")
-    add("--warmup-ratio", type=SHARE, default=0.1, help="share of optimizer steps in which it rises [0.1]")
-    add("--batch-size", type=POSITIVE_INT, default=128, help="pairs per optimizer step of all ranks [128]")
-    add("--epochs", type=POSITIVE_INT, default=8, help="passes over the pairs; paper: 8, above 30B 4 [8]")
-    add("--max-steps", type=INT, default=0, help="end the schedule after so many optimizer steps [no limit]")
-    add("--max-grad-norm", type=POSITIVE_FLOAT, default=1.0, help="clip the gradient to this norm [1.0]")
-    add("--seed", type=INT, default=0, help="of the order of the pairs [0]")
-
-    add = parser.add_argument_group("evaluation and checkpoints").add_argument
-    add("--eval-data", type=commands.SOURCE_OR_SHARE, metavar="FILE",
-        help="held-out step pairs: the same metrics, no training; 0.05 holds out 5%% of the problems")
-    add("--eval-every", type=POSITIVE_INT, default=50, help="optimizer steps between evaluations [50]")
-    add("--test-problems", type=TEXT, help="held-out problems with answers: at the end, greedy accuracy "
-        "before and after, in answers of at most --max-length tokens; each process holds a whole model")
-    add("--save-every", type=INT, default=0, help="optimizer steps between checkpoints [only at SIGTERM]")
-    add("--resume", action=switch, default=False, help="continue from the last checkpoint in --output-dir, "
-        "or from the start if there is none")
-
-    add = parser.add_argument_group("memory and speed: the result stays the same").add_argument
-    add("--tokens-per-micro-batch", type=POSITIVE_INT,
-        help="tokens in one forward and backward of a rank [8192 on CUDA, 1024 on CPU]")
-    add("--share-prefix", action=switch, default=True, help="lay out once what chosen and rejected share")
-    add("--activation-checkpointing", action=switch, default=cuda,
-        help="keep only each layer's input: less memory, 1/3 more work [on CUDA, not on CPU]")
-    add("--offload", choices=offload.OFFLOADS, help="keep in host memory AdamW's moments; these and the "
-        "gradients; or all, with the weights. bench/plan.py says what a model needs [nothing]")
-    add("--shard-size", type=POSITIVE_INT,
-        help="processes that share one copy of the model, those of a node where it fits there [all]")
-    add("--compile", action=switch, default=False, help="torch.compile each decoder layer")
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16" if cuda else "float32",
-        help="compute type; master weights are float32 [bfloat16 on CUDA, else float32]")
-    add("--timeout", type=commands.MINUTES, default=30.0,
-        help="minutes that processes wait for each other before they give up [30]")
-    return parser
-
-
-def parse(argv: Sequence[str] | None = None) -> Config:
-    return flags().parse_args(argv)
+# ------------------------------------------------------------------------------------------------ the command
 
 
 def run(config: Config) -> None:
@@ -477,8 +419,7 @@ def run(config: Config) -> None:
 
 
 def main() -> None:
-    config = parse()
-    commands.run_command("stepdpo.py", partial(run, config))
+    commands.run_command("stepdpo.py", partial(run, parse()))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from data import TEMPLATES
-from runtime.commands import INT, SHARE, TEXT, URL, Parser, checked, joining, run_command
+from runtime.commands import joining, run_command
+from runtime.flags import INT, SHARE, TEMPLATE_ARGS, TEMPLATES, TEXT, URL, Parser, checked
 from runtime.messages import InputError, print0
 from runtime.outputs import is_inside
 
@@ -66,6 +66,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--samples", type=COUNT, default=2, help="solutions per problem; paper: 2 [2]")
     add("--step-prefix", action=SWITCH, default=True, help=f"begin each answer with {STEP_PREFIX!r}")
     add("--template", choices=TEMPLATES, default=Settings.template, help="around problem and answer [chat]")
+    add("--template-args", type=TEMPLATE_ARGS, metavar="JSON",
+        help="""variables of the chat template, as '{"enable_thinking": false}' [none]""")
     add("--instruction", help="text after the problem, '' for none [the template's own]")
 
     add = parser.add_argument_group("sampling").add_argument

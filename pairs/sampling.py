@@ -5,6 +5,7 @@ before is read from the cache, only the rest is drawn, and every batch is on dis
 So a run that was stopped at any point runs again from its start, and finds all it did.
 """
 
+import dataclasses
 import datetime
 import glob
 import json
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from data import open_turn, tokenize
 from runtime.files import content_key, lock, parse_json, read_bytes, writing
 from runtime.messages import InputError, progress
-from runtime.templates import read_tokenizer
+from runtime.templates import control_token_in, control_tokens, read_tokenizer, with_date
 from runtime.weights import FLOATS, check_config, model_identity, reading
 
 from .grading import extract_answer, is_correct
@@ -42,6 +43,7 @@ class Settings:
     model: str                     # folder or hub name; with a server only its tokenizer is used
     template: str = "chat"
     instruction: str | None = None
+    template_args: dict[str, Any] | None = None  # variables of the chat template
     temperature: float = 0.8       # 0 takes the likeliest token
     top_p: float = 0.95
     max_new_tokens: int = 2048
@@ -54,7 +56,8 @@ class Settings:
 
     def identity(self) -> dict[str, Any]:
         """All that a sample depends on, besides its prefix."""
-        names = ("template", "instruction", "temperature", "top_p", "max_new_tokens", "seed", "dtype")
+        names = ("template", "instruction", "template_args", "temperature", "top_p", "max_new_tokens", "seed",
+                 "dtype")
         if self.server:
             model = served_model(self.server, self.server_model)
         else:
@@ -166,6 +169,17 @@ class Cache:
         self.unshared = []
 
 
+def recorded_args(path: str) -> dict[str, Any] | None:
+    """The variables of the chat template that a cache was made with; None if there are none."""
+    if not os.path.isfile(path) or os.path.islink(path):
+        return None
+    try:
+        settings = json.loads(read_bytes(path).partition(b"\n")[0])["settings"]
+        return settings.get("template_args")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None  # no cache of ours, which Cache refuses
+
+
 def line_of(row: dict) -> bytes:
     return json.dumps(row).encode() + b"\n"
 
@@ -190,10 +204,12 @@ class Samples:
     """Samples of one model, by their prefix."""
 
     def __init__(self, path: str, settings: Settings, sampler: Any = None, tokenizer: Any = None):
-        self.settings = settings
         if not settings.server:  # for which the folder need only hold a tokenizer
             check_config(settings.model)
         self.tokenizer = tokenizer or read_tokenizer(settings.model)
+        self.control_tokens = control_tokens(self.tokenizer)
+        args = with_date(settings.template_args, self.tokenizer, settings.template, recorded_args(path))
+        self.settings = settings = dataclasses.replace(settings, template_args=args)
         self.cache = Cache(path, settings.identity(), Sample.__annotations__)
         kind = ServerSampler if settings.server else LocalSampler
         self.sampler = sampler or kind(settings, self.tokenizer)
@@ -233,9 +249,15 @@ class Samples:
         """Draw the samples with these keys of each problem and prefix, into the cache, batch by batch."""
         texts, template = [], self.settings.template
         for (problem, prefix), _ in missing:
-            opened = open_turn(self.tokenizer, problem.prompt, template, self.settings.instruction)
+            token = control_token_in(problem.prompt, self.control_tokens)
+            if token:
+                raise InputError(f"the problem {problem.prompt[:60]!r} holds the control token {token!r}; "
+                                 "remove it there, or the problem")
+            opened = open_turn(self.tokenizer, problem.prompt, template, self.settings.instruction,
+                               self.settings.template_args)
             texts.append(opened + prefix)
-        prompts = tokenize(self.tokenizer, texts, template)
+        where = [f"the problem {problem.prompt[:60]!r}" for (problem, _), _ in missing]
+        prompts = tokenize(self.tokenizer, texts, template, where)
 
         wanted = []   # what a sampler takes: the prompt's ids and the sample's name
         origins = []  # of each of them its key, problem and prefix

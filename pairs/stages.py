@@ -126,8 +126,8 @@ def report_gain(before: str, after: str, config: Namespace) -> None:
     problems, right = read_problems(config.test_problems), []
     for when, model in (("before", before), ("after", after)):
         print0(f"{when:11s} {model} answers {config.test_problems}:")
-        settings = Settings(model, config.template, config.instruction, temperature=0, dtype=config.dtype,
-                            max_new_tokens=config.max_length)
+        settings = Settings(model, config.template, config.instruction, config.template_args, temperature=0,
+                            dtype=config.dtype, max_new_tokens=config.max_length)
         samples = Samples(f"{config.output_dir}/{when}.jsonl", settings)
         right.append([sample.correct for _, sample in solve(problems, samples, count=1)])
 

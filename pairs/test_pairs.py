@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runtime.messages import InputError
 from safetensors.torch import load_file, save_file
 
 import data
@@ -35,6 +34,7 @@ from pairs.grading import is_correct, paired_gain, wilson_interval
 from pairs.judge import Judge, first_error
 from pairs.problems import Problem, find_steps, read_problems
 from pairs.sampling import Cache, Continuation, LocalSampler, Settings
+from runtime.messages import InputError
 
 # ----------------------------------------------------------------------------------------- steps and problems
 

@@ -1,15 +1,11 @@
-"""The life of a command: flags, signals, torchrun's environment, and one line as its end where it fails."""
+"""The life of a command: torchrun's environment, signals, and one line as its end where it fails."""
 
-import argparse
 import ctypes
-import math
 import os
-import re
-import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -140,100 +136,3 @@ def leave_process_group() -> None:
 
 
 # ---------------------------------------------------------------------------------------- reading and writing
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-# ------------------------------------------------------------------------------------------------------ flags
-
-
-class Parser(argparse.ArgumentParser):
-    """Flags with hyphens or underscores, never abbreviated; @FILE reads flags from a file, # is a comment."""
-
-    def __init__(self, *args, **options):
-        super().__init__(*args, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-
-    def parse_args(self, args=None, namespace=None):
-        words = sys.argv[1:] if args is None else args
-        try:
-            return super().parse_args(expand(words), namespace)
-        except InputError as error:
-            self.error(str(error))
-
-
-def expand(words: Sequence[str], files: tuple[str, ...] = ()) -> list[str]:
-    """The words, with those of FILE in the place of @FILE; `files` are those that it stands in."""
-    expanded = []
-    for word in words:
-        if not word.startswith("@"):
-            expanded.append(with_hyphens(word))
-            continue
-        path = word[1:]
-        if os.path.realpath(path) in files:
-            raise InputError(f"{path}: includes itself")
-        for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
-            try:
-                words_of_line = shlex.split(line.decode(), comments=True)
-                if b"\0" in line:
-                    raise ValueError("a null byte")
-            except ValueError as error:  # not text, or a quotation that does not end
-                raise InputError(f"{path}:{number}: {error}") from None
-            expanded += expand(words_of_line, (*files, os.path.realpath(path)))
-    return expanded
-
-
-def with_hyphens(word: str) -> str:
-    """--learning_rate=1 as --learning-rate=1; values stay as they are."""
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value if name.startswith("--") else word
-
-
-def checked(kind: type, holds: Callable[[Any], bool], must: str) -> Callable[[str], Any]:
-    """An argparse type: an int, float or str for which `holds` is true; else "must be ..."."""
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not holds(value):
-            raise argparse.ArgumentTypeError(f"must be {must}, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse says "invalid int value"
-    return parse
-
-
-LARGEST = 10**12  # above all that makes sense, and below what overflows somewhere later
-TEXT = checked(str, bool, "more than nothing")  # which an unset shell variable is
-POSITIVE_INT = checked(int, lambda x: 0 < x <= LARGEST, "above 0 and at most 10^12")
-POSITIVE_FLOAT = checked(float, lambda x: 0 < x < math.inf, "above 0")
-INT = checked(int, lambda x: 0 <= x <= LARGEST, "at least 0 and at most 10^12")
-NOT_NEGATIVE = checked(float, lambda x: 0 <= x < math.inf, "at least 0")
-SHARE = checked(float, lambda x: 0 <= x <= 1, "from 0 to 1")
-MINUTES = checked(float, lambda x: 0 < x <= 1e6, "above 0 and at most 1000000")
-# Without a name and password in it, which messages would show.
-URL = checked(str, lambda x: re.fullmatch(r"https?://[\w.:\[\]-]+(/[^\s@]*)?", x, re.A),
-              "an address like http://localhost:8000")
-
-
-def SOURCE_OR_SHARE(text: str) -> str | float:
-    """A file or hub dataset; or, where no file is called that, a share of the training data."""
-    try:
-        share = float(text)
-    except ValueError:
-        return TEXT(text)
-    if os.path.exists(text):
-        return text
-    if not 0 < share < 1:
-        raise argparse.ArgumentTypeError(f"must be a file or above 0 and below 1, got {text}")
-    return share

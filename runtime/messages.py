@@ -8,7 +8,6 @@ import re
 import sys
 from typing import Any, NoReturn
 
-import torch
 from tqdm import tqdm
 
 
@@ -43,7 +42,7 @@ def explained(error: BaseException) -> str:
         return "stopped by Ctrl-C; the same command goes on from what is on disk"
     if isinstance(error, OSError):
         return f"error: {error.filename or 'reading or writing'}: {error.strerror or error}"
-    if isinstance(error, torch.OutOfMemoryError):
+    if type(error).__name__ == "OutOfMemoryError":  # torch's
         return f"error: out of GPU memory, smaller batches need less: {str(error).splitlines()[0]}"
     if isinstance(error, MemoryError):
         return "error: out of memory"

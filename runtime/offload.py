@@ -29,8 +29,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-OFFLOADS = ("moments", "gradients", "all")
-
 
 def on_host(tensor: Tensor) -> Tensor:
     """Zeros like it in host memory, page-locked where a GPU shall read and write them by itself."""

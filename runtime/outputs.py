@@ -160,6 +160,16 @@ def refuse_changes(identity: dict[str, Any], out: str, default_of: Callable[[str
         raise InputError(f"--resume: {out} was started with another {', '.join(changed)}")
 
 
+def recorded_flag(name: str, out: str) -> Any:
+    """What a flag was in the run in folder `out`; None if there is none. On rank 0."""
+    path = f"{out}/run.json"
+    if dist.get_rank() > 0 or not os.path.exists(path):
+        return None
+    record = parse_json(path, read_bytes(path))
+    config = record.get("config") if isinstance(record, dict) else None
+    return config.get(name) if isinstance(config, dict) else None
+
+
 def is_finished(out: str) -> bool:
     """Whether the run in folder `out` has exported its model, as its last act. Collective."""
     finished = [dist.get_rank() == 0 and os.path.isdir(f"{out}/model")]

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from data import SPANS, Pair, encode
+from data import SPANS, Pair, encode, prompt_of, without_end
 from runtime.files import content_key, parse_json, read_bytes
 from runtime.messages import InputError, print0
-from runtime.templates import HALF_CHARACTER
+from runtime.templates import HALF_CHARACTER, control_token_in, control_tokens, end_of_answer
 
 Row = tuple[str, dict]  # where it stands, as "file:line" or "file: row n" for messages; and its fields
 
@@ -104,9 +104,13 @@ def pairs_of(rows: list[Row], name: str, tokenizer: Any, config: Namespace) -> l
     pairs: list[Pair] = []
     dropped: dict[str, list[str]] = {}  # reason -> places
 
-    encoded = encode(rows, tokenizer, config.template, config.instruction, config.span)
+    encoded = encode(rows, tokenizer, config.template, config.instruction, config.span, config.template_args)
+    tokens = control_tokens(tokenizer)
+    end = ""
+    if config.span == "solution":
+        end, _ = end_of_answer(tokenizer, config.template, config.template_args)
     for (where, row), pair in zip(rows, encoded, strict=True):
-        reason = _why_it_cannot_teach(row, pair, config.span)
+        reason = _why_it_cannot_teach(row, pair, config.span) or _control_token(row, config.span, tokens, end)
         length = len(pair.prefix) + max(len(pair.chosen), len(pair.rejected))
         if not reason and length > config.max_length:
             reason, where = too_long, f"{where}: {length} tokens"
@@ -169,6 +173,17 @@ def _why_it_cannot_teach(row: dict, pair: Pair, span: str) -> str:
     chosen, rejected = (row[name].strip() for name in SPANS[span])
     if chosen == rejected or pair.chosen == pair.rejected:
         return f"{' equals '.join(map(repr, SPANS[span]))}, so there is nothing to prefer"
+    return ""
+
+
+def _control_token(row: dict, span: str, tokens: list[str], end: str) -> str:
+    """Says which control token stands in the text of a row, if one does. Whole solutions may end in `end`."""
+    texts = {"prompt": prompt_of(row), "initial_reason_steps": row["initial_reason_steps"]}
+    texts |= {name: without_end(row[name], end) for name in SPANS[span]}
+    for name, text in texts.items():
+        token = control_token_in(text, tokens)
+        if token:
+            return f"{name!r} holds the control token {token!r}"
     return ""
 
 

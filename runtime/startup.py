@@ -88,13 +88,17 @@ class Run(NamedTuple):
 def prepare(config: Namespace, default_of: Callable[[str], Any]) -> Run | None:
     """Read and check the input of a run. None if --resume finds it finished. Collective.
 
-    `default_of` gives the default of a flag. Raises InputError for whatever cannot be trained.
+    `default_of` gives the default of a flag. Where the chat template prints today's date, that is filled into
+    `config.template_args`, the caller's too, because --test-problems are answered with the same.
+    Raises InputError for whatever cannot be trained.
     """
     folder = weights.resolve(config.model)
     weights.check_config(folder)
     if config.test_problems:
         refuse_model_that_no_process_holds(folder, config)
     tokenizer = templates.read_tokenizer(folder)
+    before = outputs.recorded_flag("template_args", config.output_dir)
+    config.template_args = templates.with_date(config.template_args, tokenizer, config.template, before)
     pairs, held_out = rows.read_pairs(tokenizer, config)
 
     identity = outputs.identity_of(folder, rows.fingerprint(pairs), rows.fingerprint(held_out), config)
