@@ -13,8 +13,9 @@ where pi_ref is the model before training. Only s_win and s_lose are trained on;
         --data xinlai/Math-Step-DPO-10K --output-dir OUT
 
 In reading order: the loss; the policy, a model that returns log-probabilities of spans; one optimizer step;
-the training; building and sharding the model; the command. data.py says what a pair is and how it becomes tokens,
-kernels.py why neither logits nor masks exist. What a run needs around the method is in runtime/, the flags too.
+the training; building and sharding the model; the command. data.py says what a pair is and how it becomes
+tokens, kernels.py why neither logits nor masks exist. What a run needs around the method is in runtime/: its
+flags in flags.py, what comes before the first step in startup.py.
 """
 
 import argparse
@@ -252,6 +253,7 @@ def train(config: Config) -> None:
 
 
 def train_on(run: Run) -> None:
+    """The reference pass, the optimizer steps, the export."""
     config, pairs = run.config, run.pairs
 
     # The policy before training is the reference: what it says of each pair is computed once.
@@ -262,7 +264,8 @@ def train_on(run: Run) -> None:
     with commands.noticing_stop_signals() as stop_asked:
         first = checkpoints.start_or_resume(policy, optimizer, run)
         began = time.perf_counter()
-        bar = progress(range(first, run.steps), "training", initial=first, total=run.steps, unit="step")
+        bar = progress(range(first, run.steps), "training", initial=first, total=run.steps, unit="step",
+                       leave=True)
         for step in bar:
             if step % config.eval_every == 0:
                 evaluate(step, policy, run.held_out, held_out_reference, config)

@@ -1,9 +1,10 @@
-"""The specification of stepdpo.py, kernels.py, data.py, attention.py, storage.py, runs.py: runs on a CPU.
+"""The specification of stepdpo.py, kernels.py, data.py and runtime/: runs on a CPU.
 
 In the order of the code: the loss, the kernel, the data, the packed policy, training, the command line. Tests
 that need a GPU skip visibly without one. Each test names the rule it protects.
 """
 
+import argparse
 import itertools
 import json
 import math
@@ -31,13 +32,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import attention
 import data
 import kernels
-import offload
-import runs
 import stepdpo
-import storage
 from conftest import (
     CHATML,
     CUDA,
@@ -50,8 +47,11 @@ from conftest import (
     start_ranks,
     write_jsonl,
 )
-from files import InputError
 from kernels import plain_logps
+from runtime import architectures, checkpoints, offload, outputs, startup
+from runtime import weights as storage
+from runtime.messages import InputError
+from runtime.rows import hold_out, pairs_of, read_rows
 
 needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 
@@ -196,7 +196,7 @@ def test_kernel_adds_its_gradient_to_that_of_a_tied_embedding(op):
 
 
 def test_kernel_names_a_sharded_weight():
-    stepdpo.start_processes()
+    startup.start_processes()
     weight = DTensor.from_local(torch.randn(70, 8), init_device_mesh("cpu", (1,)))
     with pytest.raises(ValueError, match=r"weight must be a plain tensor, got a DTensor: .*full_tensor"):
         kernels.linear_logps(torch.randn(3, 8), weight, torch.tensor([0, 1, 2]))
@@ -387,7 +387,13 @@ def test_kernel_on_cuda_at_real_shapes(T, D, V):
 
 def make_pairs(tokenizer, count: int, span: str = "step", template: str = "chat") -> list[data.Pair]:
     rows = [(f"row {i}", row) for i, row in enumerate(make_rows(count))]
-    return data.encode(rows, tokenizer, template, None, span, 1024)[0]
+    return data.encode(rows, tokenizer, template, None, span)
+
+
+def options(**changes) -> argparse.Namespace:
+    """The flags that reading rows depends on."""
+    flags = dict(template="chat", instruction=None, span="step", max_length=1024)
+    return argparse.Namespace(**flags | changes)
 
 
 def test_rows_are_read_alike_from_jsonl_json_and_parquet(tmp_path):
@@ -400,10 +406,10 @@ def test_rows_are_read_alike_from_jsonl_json_and_parquet(tmp_path):
         datasets.Dataset.from_list(rows).to_parquet(files[2])
     except ImportError:
         with pytest.raises(InputError, match="pip install datasets"):
-            data.read_rows("a.parquet")
+            read_rows("a.parquet")
     for file in files:
-        assert [row for _, row in data.read_rows(file)] == rows
-    assert data.read_rows(files[0])[3][0] == f"{files[0]}:4"
+        assert [row for _, row in read_rows(file)] == rows
+    assert read_rows(files[0])[3][0] == f"{files[0]}:4"
 
 
 @pytest.mark.parametrize("content, message", [
@@ -418,19 +424,19 @@ def test_unreadable_rows_name_file_and_line(tmp_path, content, message):
     (tmp_path / "bad.jsonl").write_bytes(content)
     message = message if message[0] == ":" else ": " + message
     with pytest.raises(InputError, match="bad.jsonl" + message):
-        data.read_rows(str(tmp_path / "bad.jsonl"))
+        read_rows(str(tmp_path / "bad.jsonl"))
 
 
 def test_unreadable_files_are_named(tmp_path):
     for name, message in (("none.jsonl", "No such file"), ("x.csv", "must be a .jsonl")):
         with pytest.raises(InputError, match=f"{name}: {message}"):
-            data.read_rows(str(tmp_path / name))
+            read_rows(str(tmp_path / name))
     (tmp_path / "one.json").write_text('{"a":\n 1,}')
     with pytest.raises(InputError, match="one.json:2: not valid JSON"):
-        data.read_rows(str(tmp_path / "one.json"))
+        read_rows(str(tmp_path / "one.json"))
     (tmp_path / "one.json").write_text('{"a": 1}')
     with pytest.raises(InputError, match="one.json: must be one JSON list"):
-        data.read_rows(str(tmp_path / "one.json"))
+        read_rows(str(tmp_path / "one.json"))
 
 
 @pytest.mark.parametrize("change, message", [
@@ -444,20 +450,21 @@ def test_bad_rows_are_refused_with_their_place(tokenizer, change, message):
     row = make_rows(1)[0]
     row = row | change if isinstance(change, dict) else {k: v for k, v in row.items() if k != change}
     with pytest.raises(InputError, match=f"1 of 2 rows cannot be trained on:\n  f:7: .*{message}"):
-        data.encode([("f:6", make_rows(2)[1]), ("f:7", row)], tokenizer, "chat", None, "step", 1024)
+        pairs_of([("f:6", make_rows(2)[1]), ("f:7", row)], "training", tokenizer, options())
 
 
 @pytest.mark.parametrize("change, reason", [
     ({"rejected": " \n"}, "'rejected' is empty"),
     ({"rejected": " So 0 + 0 = 0  "}, "'chosen' equals 'rejected', so there is nothing to prefer"),
 ])
-def test_rows_that_cannot_teach_are_dropped_and_counted_and_refused_above_a_fifth(tokenizer, change, reason):
+def test_rows_that_cannot_teach_are_dropped_and_counted_and_refused_above_a_fifth(tokenizer, capsys, change,
+                                                                                  reason):
     rows = [(f"f:{i}", row) for i, row in enumerate(make_rows(5), 1)]
     bad = "f:9", make_rows(1)[0] | change
-    pairs, dropped = data.encode([*rows, bad], tokenizer, "chat", None, "step", 1024)
-    assert len(pairs) == 5 and dropped == {reason: ["f:9"]}
+    assert len(pairs_of([*rows, bad], "training", tokenizer, options())) == 5
+    assert f"dropped 1: {reason} (first: f:9)" in capsys.readouterr().out
     with pytest.raises(InputError, match=f"2 of 7 rows cannot be .* a fifth: 2 {reason} .first: f:9"):
-        data.encode([*rows, bad, bad], tokenizer, "chat", None, "step", 1024)
+        pairs_of([*rows, bad, bad], "training", tokenizer, options())
 
 
 @pytest.mark.parametrize("steps", [  # as they stand in Math-Step-DPO-10K, and none
@@ -465,7 +472,7 @@ def test_rows_that_cannot_teach_are_dropped_and_counted_and_refused_above_a_fift
     "Let's think step by step.\nStep 16:", ""])
 def test_the_steps_before_are_taken_as_they_are(tokenizer, steps):
     row = make_rows(1)[0] | {"initial_reason_steps": steps}
-    ((pair,), _) = data.encode([("f:1", row)], tokenizer, "chat", None, "step", 1024)
+    (pair,) = data.encode([("f:1", row)], tokenizer, "chat", None, "step")
     opened = data.open_turn(tokenizer, row["prompt"], "chat")
     assert data.marked_text(pair, tokenizer) == (
         f"{opened}{steps}[[chosen>{row['chosen']}<]][[rejected>{row['rejected']}<]]")
@@ -474,18 +481,18 @@ def test_the_steps_before_are_taken_as_they_are(tokenizer, steps):
 def test_a_prompt_may_be_a_list_of_one_message(tokenizer):
     row = make_rows(1)[0]
     as_list = row | {"prompt": [{"role": "user", "content": row["prompt"]}]}
-    encoded = [data.encode([("f:1", r)], tokenizer, "chat", None, "step", 1024) for r in (row, as_list)]
+    encoded = [data.encode([("f:1", r)], tokenizer, "chat", None, "step") for r in (row, as_list)]
     assert encoded[0] == encoded[1]
 
 
 def test_a_share_of_the_problems_is_held_out_whatever_the_order():
     rows = [(f"f:{i}", {"prompt": f"problem {i % 100}"}) for i in range(300)]
-    rest, held_out = data.hold_out(rows, 0.2)
+    rest, held_out = hold_out(rows, 0.2)
     problems = {row["prompt"] for _, row in held_out}
     assert 10 <= len(problems) <= 30 and not problems & {row["prompt"] for _, row in rest}
-    assert data.hold_out(rows[::-1], 0.2)[1] == held_out[::-1]
+    assert hold_out(rows[::-1], 0.2)[1] == held_out[::-1]
     with pytest.raises(InputError, match="leaves 300 of 300 pairs"):
-        data.hold_out(rows, 1e-9)
+        hold_out(rows, 1e-9)
 
 
 def test_a_step_has_no_end_of_sequence_and_a_solution_has_one(tokenizer):
@@ -501,7 +508,7 @@ def test_a_step_has_no_end_of_sequence_and_a_solution_has_one(tokenizer):
 def test_full_solutions_may_repeat_the_shared_steps(tokenizer):
     row = make_rows(3)[2]
     whole = row | {k: row["initial_reason_steps"] + row[k] for k in ("full_chosen", "full_rejected")}
-    pairs = [data.encode([("f:1", r)], tokenizer, "chat", None, "solution", 1024)[0] for r in (row, whole)]
+    pairs = [data.encode([("f:1", r)], tokenizer, "chat", None, "solution") for r in (row, whole)]
     assert pairs[0] == pairs[1]
 
 
@@ -544,7 +551,7 @@ def test_bos_stands_once_where_the_tokenizer_has_it_and_nowhere_else(tokenizer):
 def test_no_merge_across_the_step_boundary_is_invented_or_lost(tokenizer):
     row = make_rows(1)[0]
     row |= {"initial_reason_steps": "Let's think\nStep 1: ", "chosen": "the token", "rejected": "ten"}
-    (pair,), _ = data.encode([("f:1", row)], tokenizer, "chat", None, "step", 1024)
+    (pair,) = data.encode([("f:1", row)], tokenizer, "chat", None, "step")
     text = data.open_turn(tokenizer, row["prompt"], "chat") + row["initial_reason_steps"]
     for step, ids in ((row["chosen"], pair.chosen), (row["rejected"], pair.rejected)):
         assert pair.prefix + ids == tokenizer(text + step).input_ids
@@ -552,17 +559,18 @@ def test_no_merge_across_the_step_boundary_is_invented_or_lost(tokenizer):
     assert tokenizer.decode(pair.prefix).endswith("Step 1:")
 
 
-def test_too_long_pairs_are_dropped_and_counted_never_cut(tokenizer):
+def test_too_long_pairs_are_dropped_and_counted_never_cut(tokenizer, capsys):
     rows = [(f"f:{i}", row) for i, row in enumerate(make_rows(20), 1)]
-    every, none = data.encode(rows, tokenizer, "chat", None, "step", 1024)
-    longest = sorted(len(p.prefix) + max(len(p.chosen), len(p.rejected)) for p in every)
-    kept, dropped = data.encode(rows, tokenizer, "chat", None, "step", longest[9])
-    (dropped,) = dropped.values()
-    assert not none and len(kept) + len(dropped) == 20
-    assert [p for p in every if len(p.prefix) + max(len(p.chosen), len(p.rejected)) <= longest[9]] == kept
-    assert len(kept) == sum(n <= longest[9] for n in longest) and all(d.startswith("f:") for d in dropped)
+    every = pairs_of(rows, "training", tokenizer, options())
+    assert len(every) == 20
+    lengths = [len(pair.prefix) + max(len(pair.chosen), len(pair.rejected)) for pair in every]
+    limit = sorted(lengths)[9]
+    kept = pairs_of(rows, "training", tokenizer, options(max_length=limit))
+    assert kept == [pair for pair, length in zip(every, lengths, strict=True) if length <= limit]
+    said = f"training    {len(kept)} pairs, {20 - len(kept)} dropped as longer than --max-length {limit}\n"
+    assert said in capsys.readouterr().out
     with pytest.raises(InputError, match="no pair of 20 is left: 20 longer than --max-length 5"):
-        data.encode(rows, tokenizer, "chat", None, "step", 5)
+        pairs_of(rows, "training", tokenizer, options(max_length=5))
 
 
 def test_every_pair_is_used_once_per_epoch_in_a_new_order_that_the_seed_decides():
@@ -604,8 +612,8 @@ def test_packing_lays_the_prefix_out_once():
     assert batch.segments.query_offsets.tolist() == [0, 3, 5, 6, 7, 8, 10]
     assert batch.predict_at.tolist() == [2, 3, 2, 6, 6, 8]  # the last prefix token predicts both first tokens
     assert batch.targets.tolist() == [10, 11, 20, 12, 21, 22]
-    assert batch.step.tolist() == [0, 0, 2, 1, 3, 3]  # chosen 0, 1, rejected 2, 3
-    assert batch.pairs == 2
+    assert batch.span.tolist() == [0, 0, 2, 1, 3, 3]  # chosen 0, 1, rejected 2, 3
+    assert batch.tokens.tolist() == [[2, 1], [1, 2]]
 
     alone = data.pack(pairs[:1], share_prefix=False)
     assert alone.input_ids.tolist() == [[1, 2, 3, 10, 11, 1, 2, 3, 20]]
@@ -616,8 +624,8 @@ def test_packing_lays_the_prefix_out_once():
 
 def test_no_pairs_give_a_row_that_nothing_is_trained_on():
     empty = data.pack([])
-    assert empty.input_ids.shape == (1, 1) and empty.targets.shape == (0,) and empty.pairs == 0
-    assert empty.targets.dtype == empty.predict_at.dtype == torch.int64
+    assert empty.input_ids.shape == (1, 1) and empty.targets.shape == (0,) and empty.tokens.shape == (2, 0)
+    assert empty.targets.dtype == empty.predict_at.dtype == empty.tokens.dtype == torch.int64
 
 
 def visible(segments: data.Segments) -> list[list[int]]:
@@ -720,6 +728,7 @@ def separate_logps(model, pairs) -> torch.Tensor:
 
 def packed_logps(model, pairs, share_prefix: bool = True) -> torch.Tensor:
     """(2, B) by the policy."""
+    architectures.register_attention()
     model.set_attn_implementation("segments")
     return stepdpo.Policy(model)(data.pack(pairs, share_prefix))
 
@@ -764,27 +773,25 @@ def plain_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, sc
 def test_one_call_of_varlen_attn_computes_what_the_segments_do_one_by_one(tokenizer, monkeypatch, window):
     """What CUDA runs, but for the kernel itself, in whose place its definition stands."""
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", plain_varlen_attn)
-    segments = attention.current_row.segments = data.pack(make_pairs(tokenizer, 4)).segments
+    segments = data.pack(make_pairs(tokenizer, 4)).segments
     query, key, value = (torch.randn(1, heads, sum(segments.query_lengths), 8) for heads in (4, 2, 2))
-    one_by_one, _ = attention.segment_attention(torch.nn.Module(), query, key, value, scaling=0.3,
-                                              sliding_window=window)
+    one_by_one = kernels.packed_attention(query, key, value, segments, 0.3, window)
     gathered = (x.index_select(2, segments.key_index) for x in (key, value))
-    at_once = attention.flash_attention(query, *gathered, 0.3, window)
+    at_once = kernels._flash_attention(query, *gathered, segments, 0.3, window)
     torch.testing.assert_close(at_once, one_by_one, rtol=1e-5, atol=1e-5)
 
 
 @needs_cuda
 @pytest.mark.parametrize("window", [None, 1, 20])
 def test_varlen_attention_on_cuda_equals_the_segments_one_by_one(tokenizer, window):
-    segments = attention.current_row.segments = data.pack(make_pairs(tokenizer, 4)).to("cuda").segments
+    segments = data.pack(make_pairs(tokenizer, 4)).to("cuda").segments
     length = sum(segments.query_lengths)
     exact = [torch.randn(1, heads, length, 64, device="cuda", requires_grad=True) for heads in (4, 2, 2)]
     rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
-    outputs = [attention.segment_attention(torch.nn.Module(), *x, sliding_window=window)[0]
-               for x in (exact, rounded)]
-    upstream = torch.randn_like(outputs[0])
-    outputs[0].backward(upstream), outputs[1].backward(upstream.bfloat16())
-    for ours, truth in zip([outputs[1], *(x.grad for x in rounded)], [outputs[0], *(x.grad for x in exact)],
+    results = [kernels.packed_attention(*x, segments, window=window) for x in (exact, rounded)]
+    upstream = torch.randn_like(results[0])
+    results[0].backward(upstream), results[1].backward(upstream.bfloat16())
+    for ours, truth in zip([results[1], *(x.grad for x in rounded)], [results[0], *(x.grad for x in exact)],
                            strict=True):
         # With a window of one token the gradient of the query is zero, but for rounding.
         assert (ours.float() - truth).norm() <= 0.02 * truth.norm() + 1e-3
@@ -792,10 +799,10 @@ def test_varlen_attention_on_cuda_equals_the_segments_one_by_one(tokenizer, wind
 
 @pytest.mark.parametrize("beyond", ["softcap", "s_aux", "position_bias", "attention_mask"])
 def test_attention_beyond_causal_and_windows_is_refused_by_name(beyond):
-    query, attention.current_row.segments = torch.randn(1, 2, 1, 8), data.pack([]).segments
-    attention.current_row.name = "Model"
-    with pytest.raises(InputError, match=f"Model is not supported: Module attends with {beyond}"):
-        attention.segment_attention(torch.nn.Module(), query, query, query, **{beyond: 30.0})
+    query = torch.randn(1, 2, 1, 8)
+    refused = pytest.raises(InputError, match=f"Model is not supported: Module attends with {beyond}")
+    with refused, architectures.attending_to("Model", data.pack([]).segments):
+        architectures.segment_attention(torch.nn.Module(), query, query, query, **{beyond: 30.0})
 
 
 SMALL = dict(vocab_size=400, hidden_size=64, num_attention_heads=4, num_hidden_layers=2)
@@ -901,7 +908,7 @@ if CUDA:  # the trainer is tested on the CPU there too, and on the GPU in a chil
         if not dist.is_initialized():
             alone = dict(store=dist.HashStore(), rank=0, world_size=1)
             dist.init_process_group("gloo", **({} if "RANK" in os.environ else alone))
-    stepdpo.start_processes, stepdpo.local_device = start_on_cpu, lambda: torch.device("cpu")
+    startup.start_processes, startup.local_device = start_on_cpu, lambda: torch.device("cpu")
 
 
 def launch(flags: list[str], environment: dict = ENVIRONMENT) -> subprocess.Popen:
@@ -935,7 +942,7 @@ def naive_training(config: stepdpo.Config) -> list[float]:
     load = transformers.AutoModelForCausalLM.from_pretrained
     policy, reference = (load(config.model, dtype=torch.float32).eval() for _ in range(2))
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
-    pairs, _ = data.encode(data.read_rows(config.data[0]), tokenizer, "chat", None, config.span, 1024)
+    pairs = data.encode(read_rows(config.data[0]), tokenizer, "chat", None, config.span)
     plan = plan_of(len(pairs), config.batch_size, config.epochs, config.seed)
     optimizer, losses = torch.optim.AdamW(policy.parameters(), weight_decay=0.0), []
     warmup = math.ceil(0.1 * len(plan))
@@ -990,7 +997,7 @@ def test_metrics_have_their_names_and_say_what_happened(workplace, run):
     lines = read_metrics(run)
     steps, evals = [x for x in lines if "loss" in x], [x for x in lines if "eval/loss" in x]
     assert [x["step"] for x in steps] == list(range(6)) and [x["step"] for x in evals] == [0, 3, 6]
-    both = {"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
+    both = {"loss", "nll_loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
             "logps/chosen", "logps/rejected"}
     assert set(steps[0]) == {"step", "grad_norm", "lr", "tokens_per_second", "pairs_per_second", *both}
     assert set(evals[0]) == {"step", *(f"eval/{name}" for name in both)}
@@ -1031,8 +1038,8 @@ def test_the_exported_model_is_an_ordinary_folder_with_the_trained_weights(workp
     moved = [(a - b).abs().max() for a, b in zip(after.parameters(), before.parameters(), strict=True)]
     assert 0 < max(moved) < 0.05
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "model")
-    rows = data.read_rows(str(workplace / "eval.jsonl"))
-    pairs, _ = data.encode(rows, tokenizer, "chat", None, "step", 1024)
+    rows = read_rows(str(workplace / "eval.jsonl"))
+    pairs = data.encode(rows, tokenizer, "chat", None, "step")
     logged = [x for x in read_metrics(run) if "eval/loss" in x][-1]
     with torch.no_grad():
         chosen, _ = separate_logps(after, pairs)
@@ -1046,7 +1053,7 @@ def test_export_keeps_the_files_names_and_dtypes_of_the_source(workplace, tmp_pa
     source = tmp_path / "source"
     model = make_model("qwen2-tied").bfloat16()
     model.save_pretrained(source, max_shard_size="20KB")
-    stepdpo.start_processes()
+    startup.start_processes()
     config = make_config(workplace, tmp_path)
     policy = stepdpo.build(str(source), config)
     storage.export(policy, str(source), str(tmp_path / "out"))
@@ -1099,7 +1106,7 @@ def test_each_rank_reads_its_own_rows_or_experts_and_no_more_than_a_block_at_onc
 @pytest.mark.parametrize("family", FAMILIES)
 def test_buffers_that_no_checkpoint_holds_come_out_right(workplace, tmp_path, family):
     make_model(family).save_pretrained(tmp_path)
-    stepdpo.start_processes()
+    startup.start_processes()
     ours = stepdpo.build(str(tmp_path), make_config(workplace, "unused")).model
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     for (name, a), (other, b) in zip(ours.named_buffers(), theirs.named_buffers(), strict=True):
@@ -1108,7 +1115,7 @@ def test_buffers_that_no_checkpoint_holds_come_out_right(workplace, tmp_path, fa
 
 def test_buffers_that_cannot_be_computed_are_an_error_and_never_garbage(workplace, monkeypatch):
     monkeypatch.setattr(transformers.Qwen2PreTrainedModel, "_init_weights", lambda self, module: None)
-    stepdpo.start_processes()
+    startup.start_processes()
     config = make_config(workplace, "unused")
     with pytest.raises(InputError, match=r"its buffer model\.rotary_emb\.inv_freq is in no checkpoint"):
         stepdpo.build(config.model, config)
@@ -1126,7 +1133,7 @@ def test_tensors_may_have_older_names_and_no_dimension(workplace, tmp_path):
             weights["gpt_neox.layers.0.attention.masked_bias"] = torch.tensor(-1e9)
         save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
 
-        stepdpo.start_processes()
+        startup.start_processes()
         policy = stepdpo.build(str(source), make_config(workplace, tmp_path))
         storage.export(policy, str(source), str(out))
         exported = load_file(out / "model.safetensors")
@@ -1179,7 +1186,7 @@ def test_experts_too_many_too_few_and_of_other_sizes_are_named(workplace, tmp_pa
         ({name: expert[:-1].clone()}, r"experts.2.up_proj.weight must be \[24, 64\], got \[23, 64\]"),
         ({name: expert / 0}, "experts.2.up_proj.weight holds numbers that are not finite"),
     ]
-    stepdpo.start_processes()
+    startup.start_processes()
     for change, message in changes:
         save_file(weights | change, path, metadata={"format": "pt"})
         with pytest.raises(InputError, match=message):
@@ -1190,7 +1197,7 @@ def test_experts_may_be_joined_in_the_files_too(workplace, tmp_path):
     model = make_model("qwen3-moe")
     model.config.save_pretrained(tmp_path)
     save_file(model.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
-    stepdpo.start_processes()
+    startup.start_processes()
     policy = stepdpo.build(str(tmp_path), make_config(workplace, "unused"))
     for name, x in policy.model.state_dict().items():
         assert torch.equal(x.full_tensor(), model.state_dict()[name]), name
@@ -1220,7 +1227,7 @@ def test_files_of_a_model_may_stand_in_folders_but_not_outside_theirs(workplace,
     index = tmp_path / "m" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": where}))
 
-    stepdpo.start_processes()
+    startup.start_processes()
     config = make_config(workplace, "unused")
     policy = stepdpo.build(str(tmp_path / "m"), config)
     storage.export(policy, str(tmp_path / "m"), str(tmp_path / "out"))
@@ -1267,7 +1274,7 @@ def test_rows_find_their_way_from_any_number_of_shards_to_any_other(length, befo
     for start, stop in new_places:
         rows = torch.full((stop - start,), -1)
         for old, place in zip(stored, old_places, strict=True):
-            runs.copy_common_rows(rows, (start, stop), old, place)
+            checkpoints.copy_common_rows(rows, (start, stop), old, place)
         assert torch.equal(rows, whole[start:stop])
 
 
@@ -1338,16 +1345,13 @@ def test_the_self_check_stops_a_run_whose_attention_ignores_the_segments(workpla
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     def all_see_all(module, query, key, value, attention_mask, **kwargs):
-        attention.current_row.calls += 1
+        architectures._current.calls += 1
         return sdpa_attention_forward(module, query, key, value, None, **kwargs)
 
-    transformers.AttentionInterface.register("segments", all_see_all)
-    try:
-        message = "Qwen2ForCausalLM: packed .* differ from plain ones by .* so it cannot be trained here"
-        with pytest.raises(InputError, match=message):
-            stepdpo.train(make_config(workplace, tmp_path))
-    finally:
-        transformers.AttentionInterface.register("segments", attention.segment_attention)
+    monkeypatch.setattr(architectures, "segment_attention", all_see_all)
+    message = "Qwen2ForCausalLM: packed .* differ from plain ones by .* so it cannot be trained here"
+    with pytest.raises(InputError, match=message):
+        stepdpo.train(make_config(workplace, tmp_path))
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
@@ -1505,12 +1509,12 @@ def test_nodes_that_read_other_things_are_told_so(monkeypatch, workplace, tmp_pa
     def gathered(seen, mine):
         seen[:] = [mine, mine | {change: "other", "host": "second"}]
 
-    stepdpo.start_processes()
+    startup.start_processes()
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "all_gather_object", gathered)
     with pytest.raises(InputError, match=f"--{change}: rank 1 on second reads another content than rank 0"):
         content = {"data": "a", "model": "b"}
-        runs.refuse_other_nodes({"content": content}, make_config(workplace, tmp_path))
+        outputs.refuse_other_nodes({"content": content}, make_config(workplace, tmp_path))
 
 
 def test_processes_that_share_copies_must_come_out_even(workplace, tmp_path):
@@ -1524,7 +1528,7 @@ def _download_slowly() -> None:
         return f"/cache/{name}"
 
     huggingface_hub.snapshot_download = snapshot_download
-    stepdpo.start_processes()
+    startup.start_processes()
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), dist.group.WORLD)
     print(storage.resolve("owner/name"))
     dist.barrier()
@@ -1536,7 +1540,7 @@ def test_a_download_may_take_longer_than_processes_wait_for_each_other(tmp_path)
 
 
 def test_answers_of_a_model_that_no_process_can_hold_are_refused(workplace, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "count_numbers", lambda folder: 10**15)
+    monkeypatch.setattr(storage, "count_parameters", lambda folder: 10**15)
     with pytest.raises(InputError, match=r"would hold the model, 4,000,000 GB.*pairs solve --server"):
         stepdpo.run(make_config(workplace, tmp_path / "out", test_problems=HERE / "demo/test.jsonl"))
     assert not (tmp_path / "out/run.json").exists()
@@ -1544,7 +1548,7 @@ def test_answers_of_a_model_that_no_process_can_hold_are_refused(workplace, tmp_
 
 def test_numbers_of_a_model_are_counted_from_the_headers(workplace):
     model = transformers.AutoModelForCausalLM.from_pretrained(workplace / "qwen2-tied")
-    assert storage.count_numbers(str(workplace / "qwen2-tied")) == model.num_parameters()
+    assert storage.count_parameters(str(workplace / "qwen2-tied")) == model.num_parameters()
 
 
 def test_torchrun_leaves_no_core_idle(monkeypatch):
@@ -1557,7 +1561,7 @@ def test_torchrun_leaves_no_core_idle(monkeypatch):
                 patch.delenv(name, raising=False)
             for name, value in environment.items():
                 patch.setenv(name, value)
-            stepdpo.use_cores_and_memory_well()
+            startup.use_cores_and_memory_well()
     assert asked == [3]
 
 
@@ -1581,6 +1585,7 @@ def test_rows_of_other_lengths_and_segments_are_not_compiled_anew(tokenizer):
         return graph.forward
 
     model, pairs = make_model("qwen2"), make_pairs(tokenizer, 14)
+    architectures.register_attention()
     model.set_attn_implementation("segments")
     policy = stepdpo.Policy(model)
     torch._dynamo.reset()

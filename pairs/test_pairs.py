@@ -25,7 +25,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import data
 from conftest import CHILDREN, ENVIRONMENT, HERE, TORCHRUN, rows_of, start_ranks, write_jsonl
 from pairs import __main__ as command_line
 from pairs import grading, sampling, stages
@@ -34,7 +33,10 @@ from pairs.grading import is_correct, paired_gain, wilson_interval
 from pairs.judge import Judge, first_error
 from pairs.problems import Problem, find_steps, read_problems
 from pairs.sampling import Cache, Continuation, LocalSampler, Settings
+from runtime.commands import run_command
 from runtime.messages import InputError
+from runtime.rows import pairs_of, read_rows
+from runtime.templates import read_tokenizer
 
 # ----------------------------------------------------------------------------------------- steps and problems
 
@@ -477,7 +479,7 @@ def _add_on_a_full_disk(path, said):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
     cache = Cache(path, dict(seed=1))
-    commands.run_command("test", lambda: [cache.add([row(f"{n:020}")]) for n in range(99)])
+    run_command("test", lambda: [cache.add([row(f"{n:020}")]) for n in range(99)])
 
 
 def test_on_a_full_disk_what_was_written_before_stays(tmp_path):
@@ -632,7 +634,7 @@ def test_an_odd_tokenizer_is_one_line(tmp_path, content):
     if content:
         (tmp_path / "tokenizer_config.json").write_text(content)
     with pytest.raises(InputError) as error:
-        data.read_tokenizer(str(tmp_path))
+        read_tokenizer(str(tmp_path))
     assert f"{tmp_path}: its tokenizer cannot be read (" in one_line(error)
 
 
@@ -1141,8 +1143,8 @@ def test_pairs_are_rows_that_training_reads_unchanged(built, tokenizer):
         assert pair["full_rejected"].startswith(pair["rejected"])
         assert is_correct(pair["full_chosen"], pair["answer"])
         assert not is_correct(pair["full_rejected"], pair["answer"])
-    encoded, dropped = data.encode(data.read_rows(str(path)), tokenizer, "chat", None, "step", 1024)
-    assert len(encoded) == len(pairs) > 10 and not dropped
+    flags = argparse.Namespace(template="chat", instruction=None, span="step", max_length=1024)
+    assert len(pairs_of(read_rows(str(path)), "training", tokenizer, flags)) == len(pairs) > 10
     rejected = Counter((pair["prompt"], pair["initial_reason_steps"], stages.simplified(pair["rejected"]))
                        for pair in pairs)
     assert max(rejected.values()) == 1 and max(Counter(pair["prompt"] for pair in pairs).values()) <= 4
@@ -1516,7 +1518,7 @@ def test_whatever_an_editor_does_to_lines_they_stay_as_they_are(sheet, tokenizer
     after = read_sheet(sheet, tmp_path, tokenizer, content)
     assert after.startswith(content)
     (tmp_path / "copy.jsonl").write_bytes(after)
-    assert [row for _, row in data.read_rows(str(tmp_path / "copy.jsonl"))] == kept + rows[3:]
+    assert [row for _, row in read_rows(str(tmp_path / "copy.jsonl"))] == kept + rows[3:]
     assert read_sheet(sheet, tmp_path, tokenizer, after) == after
 
 
@@ -1602,7 +1604,7 @@ def _solve_slowly(folder, tokenizer, said):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sampler = Scripted(tokenizer)
     sampler.nap = 0.1
-    commands.run_command("pairs solve", lambda: run_scripted(folder, tokenizer, sampler, command="solve"))
+    run_command("pairs solve", lambda: run_scripted(folder, tokenizer, sampler, command="solve"))
 
 
 @pytest.mark.parametrize("how, status, line", [

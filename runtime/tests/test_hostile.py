@@ -560,7 +560,7 @@ def test_links_are_not_followed_when_files_are_written(place, monkeypatch, capsy
 
 def test_a_second_start_waits_for_nobody(place, monkeypatch, capsys):
     (place.folder / "out").mkdir()
-    code = ("import files, sys, time; held = files.lock(sys.argv[1]); print('held', flush=True); time.sleep(60)")
+    code = ("import sys, time; from runtime.files import lock; held = lock(sys.argv[1]); print('held', flush=True); time.sleep(60)")
     holder = subprocess.Popen([sys.executable, "-c", code, place.folder / "out/.lock"], cwd=HERE,
                               stdout=subprocess.PIPE, env=ENVIRONMENT)
     try:
@@ -672,7 +672,8 @@ def test_code_that_comes_with_a_model_is_not_run(place, monkeypatch, capsys):
 
 WITH_TROUBLE = """import os, sys, time
 sys.path.insert(0, {here!r})
-import files, stepdpo
+import stepdpo
+from runtime.messages import InputError
 train_step, rank = stepdpo.train_step, os.environ["RANK"]
 def with_trouble(step, *others):
     if step == 1 and rank == "1":
@@ -690,7 +691,7 @@ def start_two(place: Place, trouble: str, *more: str) -> subprocess.Popen:
 
 
 def test_a_mistake_that_one_rank_meets_is_said_once(place):
-    child = start_two(place, "raise files.InputError('the disk of this node is odd')")
+    child = start_two(place, "raise InputError('the disk of this node is odd')")
     output, _ = child.communicate(timeout=100)
     assert child.returncode != 0 and output.count("stepdpo.py: error: the disk of this node is odd\n") == 1, output
     assert 'trouble.py", line' not in output  # no stack trace of ours
@@ -790,7 +791,7 @@ def test_what_works(place, case, monkeypatch, capsys):
 def test_weights_in_a_folder_of_the_model_count_too(place, monkeypatch, capsys):
     place.flags |= STEPS
     in_shards(place)
-    monkeypatch.setattr(stepdpo.storage, "export", lambda *_: None)
+    monkeypatch.setattr(stepdpo.weights, "export", lambda *_: None)
     assert start(place.words(), monkeypatch, capsys)[0] == 0
     path = place.folder / "model/a/model.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
