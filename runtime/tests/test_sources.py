@@ -66,7 +66,9 @@ def on_hub(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     for function in ("load_dataset", "get_dataset_config_names", "get_dataset_split_names",
                      "get_dataset_default_config_name"):
-        def from_folder(name, *args, original=getattr(datasets, function), **options):
+        original = getattr(datasets, function)
+
+        def from_folder(name, *args, original=original, **options):
             return original(str(hub / name), *args, **options)
         monkeypatch.setattr(datasets, function, from_folder)
 
