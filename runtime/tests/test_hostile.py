@@ -24,7 +24,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import stepdpo
-from conftest import ENVIRONMENT, HERE, TORCHRUN, make_rows, write_jsonl
+from conftest import ENVIRONMENT, HERE, TORCHRUN, make_rows, start_ranks, train_by_flags, write_jsonl
 
 
 class Place:
@@ -131,7 +131,7 @@ def test_flags(place, words, message, monkeypatch, capsys):
 
 ROWS = {  # content of pairs.jsonl, or changes to all its rows
     "torn": (b'{"a": 1}\n{"a": ', "pairs.jsonl:2: not valid JSON"),
-    "chosen null": (dict(chosen=None), "8 of 8 rows .* 'chosen' must be text, got NoneType"),
+    "chosen null": (dict(chosen=None), "8 of 8 rows .* has no field 'chosen'"),
     "chosen empty": (dict(chosen=""), "8 of 8 rows .* more than a fifth: 8 'chosen' is empty"),
 }
 
@@ -159,6 +159,11 @@ def other_model(place: Place, **changes) -> None:
     config = transformers.AutoConfig.from_pretrained(folder)
     config.update(changes)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+def only_an_index(place: Place, content: str) -> None:
+    (place.folder / "model/model.safetensors").unlink()
+    place.write("model/model.safetensors.index.json", content)
 
 
 MODELS = {
@@ -213,15 +218,13 @@ MODELS = {
     "fp8": (lambda p: p.edit_weights(change=lambda w: w.to(torch.float8_e4m3fn)), "stored as F8_E4M3: quantiz"),
     "of another shape": (lambda p: p.edit_weights(change=lambda w: w[:7].clone()), "lm_head.weight must be"),
     "a scalar": (lambda p: p.edit_weights(change=lambda w: w[0, 0].clone()), "lm_head.weight must be"),
-    "index a list": (lambda p: p.write("model/model.safetensors.index.json", "[]"), 'must have a "weight_map"'),
-    "index of numbers": (lambda p: p.write("model/model.safetensors.index.json", '{"weight_map": {"a": 1}}'),
+    "index a list": (lambda p: only_an_index(p, "[]"), 'must have a "weight_map"'),
+    "index of numbers": (lambda p: only_an_index(p, '{"weight_map": {"a": 1}}'),
                          'must have a "weight_map"'),
-    "index torn": (lambda p: p.write("model/model.safetensors.index.json", '{"weight'), "index.json:1: not valid"),
-    "index leaves the folder": (lambda p: p.write("model/model.safetensors.index.json",
-                                                  '{"weight_map": {"a": "../b.safetensors"}}'),
+    "index torn": (lambda p: only_an_index(p, '{"weight'), "index.json:1: not valid"),
+    "index leaves the folder": (lambda p: only_an_index(p, '{"weight_map": {"a": "../b.safetensors"}}'),
                                 "must be a file inside that folder"),
-    "index names no file": (lambda p: p.write("model/model.safetensors.index.json",
-                                              '{"weight_map": {"a": "b.safetensors"}}'), "b.safetensors"),
+    "index names no file": (lambda p: only_an_index(p, '{"weight_map": {"a": "b.safetensors"}}'), "b.safetensors"),
     "no tokenizer": (lambda p: (p.folder / "model/tokenizer.json").unlink(), "model: has no tokenizer"),
     "tokenizer torn": (lambda p: p.write("model/tokenizer.json", "{"), "its tokenizer cannot be read"),
     "tokenizer a list": (lambda p: p.write("model/tokenizer.json", "[]"), "its tokenizer cannot be read"),
@@ -422,7 +425,8 @@ DAMAGED = {
                                    "content of --model"),
     "another template": (lambda p: p.write("model/chat_template.jinja", "{{ messages[0]['content'] }}:"),
                          "content of --data"),
-    "held-out pairs": (lambda p: p.flags.update({"eval-data": p.folder / "pairs.jsonl"}), "content of --eval-data"),
+    "held-out pairs": (lambda p: p.flags.update({"eval-data": write_jsonl(p.folder / "others.jsonl", make_rows(9)[8:])}),
+                       "content of --eval-data"),
     "a reference": (lambda p: p.flags.update(reference=p.source), "content of --reference"),
     "no --resume": (lambda p: None, "already holds a run; continue it with --resume"),
 }
@@ -514,7 +518,7 @@ def test_a_run_goes_on_without_a_cache_and_says_so(place, monkeypatch, capsys):
 
 @pytest.mark.parametrize("room, save_every, message", [
     (20, 1, "out/run.json: cannot be written: File too large"),
-    (1600, 0, "out/model.unfinished: cannot be written: File too large"),
+    (4000, 0, "out/model.unfinished: cannot be written: File too large"),
     (20000, 1, r"step-000001.unfinished/weights.0.safetensors: cannot be written: .*File too large"),
 ])
 def test_a_full_disk_is_named_and_the_run_goes_on_with_more_room(place, runs, room, save_every, message,
@@ -542,7 +546,8 @@ def test_a_disk_without_room_for_the_model_is_refused_at_once(place, monkeypatch
 
 
 def test_numbers_that_are_no_longer_finite_are_not_exported(place, monkeypatch, capsys):
-    place.flags |= {"max-steps": 1, "learning-rate": 1e38, "eval-data": place.folder / "pairs.jsonl"}
+    others = write_jsonl(place.folder / "others.jsonl", make_rows(9)[8:])
+    place.flags |= {"max-steps": 1, "learning-rate": 1e38, "eval-data": others}
     status, _, err = start(place.words(), monkeypatch, capsys)
     assert status == 2 and re.search("step 1: held-out loss nan; nothing was exported", err)
     place.flags |= {"eval-data": None, "output-dir": place.folder / "again"}
@@ -708,10 +713,20 @@ def test_weights_in_a_folder_of_the_model_count_too(place, monkeypatch, capsys):
     refused(place, "content of --model", monkeypatch, capsys, "--resume")
 
 
-@pytest.mark.parametrize("name, value", [("RANK", "0"), ("RANK", "x")])
-def test_an_environment_that_torchrun_did_not_make(place, no_process_group, name, value, monkeypatch, capsys):
-    monkeypatch.setenv(name, value)
-    refused(place, f"{name}.* in the environment must be", monkeypatch, capsys)
+def _train_with(name: str, value: str, words: list[str]) -> None:
+    for other in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(other, None)
+    os.environ[name] = value
+    train_by_flags(words)
+
+
+@pytest.mark.parametrize("name, value", [("RANK", "0"), ("LOCAL_RANK", "x"), ("LOCAL_WORLD_SIZE", "-1")])
+def test_an_environment_that_torchrun_did_not_make(place, name, value):
+    (child,) = start_ranks(1, place.folder, _train_with, name, value, place.words())
+    child.join(100)
+    said = (place.folder / "said-0").read_text()
+    assert child.exitcode == 2
+    assert re.fullmatch(f"stepdpo.py: error: .*{name}.* in the environment must be .*", said.strip()), said
 
 
 def test_an_old_locale_ends_no_run(place):
