@@ -17,37 +17,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from fractions import Fraction
 
-
-def extract_answer(solution: str) -> str | None:
-    r"""The last \boxed{...}, braces matched; else what follows the last "answer is" or "####" on its line."""
-    boxes = list(re.finditer(r"\\(?:boxed|fbox)\s*(\{?)", solution))
-    if boxes:
-        rest = solution[boxes[-1].end():]
-        has_brace = boxes[-1][1]
-        if has_brace:
-            return _up_to_matching_brace(rest)
-        words = rest.split()
-        return words[0].strip("$.,") or None if words else None
-
-    marks = list(re.finditer(r"answer is\b|####", solution, re.I))
-    if not marks:
-        return None
-    line = solution[marks[-1].end():].split("\n")[0].strip(" \t:*")
-    first_sentence = re.split(r"[.!?](?:\s|$)", line)[0]
-    return first_sentence.strip(" \t*") or None
-
-
-def _up_to_matching_brace(text: str) -> str | None:
-    depth = 1
-    for token in re.finditer(r"\\.|[{}]", text, re.S):
-        if token[0] == "{":
-            depth += 1
-        elif token[0] == "}":
-            depth -= 1
-        if depth == 0:
-            return text[:token.start()].strip() or None
-    return None  # cut off inside the box
-
+from .extraction import extract_answer
 
 # Longer answers, which nobody writes, are compared as plain text: no rule below must be fast on hostile ones.
 LONGEST = 300

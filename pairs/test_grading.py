@@ -45,6 +45,59 @@ RIGHT = [  # (solution, answer) that count as right
     (box("x = 5"), "5"), (box("y = 2x + 1"), "2x+1"), (box("f(x) = 3x"), "3x"), (box("9^{9^9}"), "9^{9^9}"),
     (box("B"), "B"), (box("(B)"), "B"), (box(r"\text{(B)}"), "B"), (box("B) 12 km"), "B"), (box("b"), "B"),
     ("The answer is: B. 12", "B"), ("The answer is: option C", "C"), ("The answer is (D).", "D"),
+    # Another mark: "Answer:", a heading, "18 is the answer".
+    ("Answer: 18", "18"), ("answer:18", "18"), ("**Answer:** 18", "18"), ("**Answer**: 18", "18"),
+    ("**Answer: 18**", "18"), ("## Answer: 18", "18"), ("> Answer: 18", "18"), ("_Answer:_ 18", "18"),
+    ("<b>Answer:</b> 18", "18"), (r"\textbf{Answer:} 18", "18"), ("Final Answer: 18", "18"),
+    ("Ans: 18", "18"), ("Answer = 18", "18"), ("So the final answer: 18.", "18"),
+    ("Answer (rounded): 8.24", "8.24"), ("### Final Answer\n18", "18"), ("**Final Answer**\n\n$18$", "18"),
+    ("$18$ is the answer.", "18"), ("So 18 is the final answer.", "18"), ("18 dollars is the answer.", "18"),
+    ("The answers are 3 and 4.", "4, 3"), ("The answer must be 18.", "18"),
+    ("The answer would be $18.", "18"), ("The answer turns out to be 18.", "18"),
+    ("The answer to the question is 18.", "18"), ("The answer, in dollars, is 18.", "18"),
+    ("The answer (in dollars) is 18", "18"), ("The answer in simplest form is 1/2.", "0.5"),
+    ("The answer you're looking for is 18.", "18"), ("Answer : OPTION C", "C"), ("ANSWER:D.", "D"),
+    ("Answer: (B) 12", "B"), ("Answer D", "D"), ("The correct option is C.", "C"), ("B is the answer", "B"),
+    ("Therefore, (B) is the correct answer.", "B"),
+    # An empty rest of the line goes on in the next.
+    ("The final answer is:\n$$18$$", "18"), ("The answer is:\n\\[\n18\n\\]", "18"),
+    ("The answer is\n\n18 eggs.", "18"), ("The answer is:\n$$\n18\n$$\nHope it helps.", "18"),
+    ("Answer:\n\n**18**", "18"), ("Answer:\n- 18", "18"), ("The answer is:\n-18", "-18"),
+    ("The answer is as follows:\n18", "18"),
+    ("The answer is:\n$$\n\\begin{pmatrix}\n1 \\\\\n2\n\\end{pmatrix}\n$$",
+     r"\begin{pmatrix}1\\2\end{pmatrix}"),
+    # What is said about an answer says none.
+    ("#### 18\nI hope the answer is helpful.", "18"), ("Answer: Tom\nI hope the answer is helpful.", "Tom"),
+    ("The answer is: 18\nLet me know if this answer is correct.", "18"),
+    ("#### 18\nThis answer is correct!", "18"),
+    ("The answer is 18.\nI'm confident that my answer is right.", "18"),
+    ("The answer is 18. This answer is reasonable because 18 < 20.", "18"),
+    ("#### 18\nThe answer is a whole number, as expected.", "18"),
+    ("#### 18\nI hope my answer is okay.", "18"),
+    ("The answer is 18.\nNote that the answer is in dollars.", "18"),
+    ("18 eggs. #### 18\n#### Explanation", "18"),
+    ("Answer: 18\nThe answer is rounded to 2 decimal places.", "18"),
+    ("The answer is 18.\nIf the answer is 12, we get a contradiction.", "18"),
+    ("#### 18\nPlease tell me whether the answer is what you wanted.", "18"),
+    ("#### 18\nThis answer is consistent with step 2.", "18"),
+    ("#### 18\nNow we know what the answer is.", "18"),
+    ("#### 18\nMy answer is based on 3 assumptions.", "18"),
+    # The sentence around an answer.
+    ("The answer is therefore 18.", "18"), ("The answer is, therefore, 18.", "18"),
+    ("The answer is thus $18$.", "18"), ("The answer is equal to 18", "18"),
+    ("The answer is indeed 18!", "18"), ("The answer: therefore 18", "18"),
+    ("Hence, the answer is clear: 18", "18"), ("The answer is as follows: 18", "18"),
+    ("answer is (approximately) 8.24", "8.24"), ("The answer is approximately 8.24", "8.24"),
+    ("The answer is approx. 8.24", "8.24"), ("The answer is about $8.24", "8.24"),
+    ("So the answer is not 12 but 18", "18"), ("The answer is not 12, it is 18.", "18"),
+    ("The answer is **not 12** but **18**", "18"), ("The answer is neither 12 nor 15 but 18.", "18"),
+    ("The answer is 18, not 12.", "18"), ("The answer is 18 and not 12", "18"),
+    ("The answer is 18, I think.", "18"), ("The answer is 18, because 9 * 2 = 18.", "18"),
+    ("The answer is 18 since he eats 3.", "18"), ("The answer is 18, so Tom wins.", "18"),
+    ("The answer is 18 (9 eggs times $2).", "18"), ("The answer is B because A is too small.", "B"),
+    ("The answer is that she has 18 apples.", "18"), ("Answer: The total is 18.", "18"),
+    ("Answer: Janet makes $18 every day.", "18"), ("### Answer:\nShe sold 72 clips.", "72"),
+    ("The answer is the point (3, 4).", "(3,4)"),
 ]
 WRONG = [
     (r"first \boxed{3}, then \boxed{4}", "3"), (r"\boxed{12", "12"), (r"it is \boxed{4}, no: \boxed{5", "4"),
@@ -60,6 +113,16 @@ WRONG = [
     (box("east"), "seat"), (box(r"\text{odd}"), "even"), (box("x=5"), "y=5"), (box("101_2"), "101"),
     ("The answer is: A", "B"), (box("12"), "B"), ("The answer is: A train", "A"), ("The answer is: CD", "C"),
     (box(NINES), NINES + "1"), (box("-3"), "3"), (box("7:30"), "7.5"),
+    # No other number of the sentence, no question and no supposition.
+    ("The answer is 5! = 120", "5"), ("The answer is 18?", "18"), ("Suppose the answer is 18", "18"),
+    # Always so, and not to be lost; nothing that was cut off.
+    ("The answer is: 256+37 = 293", "256"), ("The answer is not 12.", "12"), ("The answer is twice 5", "5"),
+    ("So the answer is not 12 but 18", "12"), ("The answer is the square root of 16", "16"),
+    ("The answer is found in line 18", "18"), ("The answer is: 7\nSo the answer is twice 5.", "7"),
+    ("Answer: 3 hours and 20 minutes", "3"), ("Let us find the answer. 9 * 2 = 18", "18"),
+    ("The answer is:\n$$18", "18"), ("18. The answer is:\n", "18"),
+    ("The answer is 12. No. The answer is:\n", "12"), ("Answer:", "18"), ("**Answer**", "18"),
+    ("Answer: A and C", "A"), (box("A or C"), "A"), (box("A/C"), "A"),
 ]
 
 
@@ -103,6 +166,14 @@ SAME = [  # answers that are one value, whichever of them is the guess
     (r"\text{(A)}", "A"), (r"\mbox{odd}", "odd"), (r"(3, \frac{\pi}{2})", r"\left( 3, \frac{\pi}{2} \right)"),
     (r"-\frac{3}{4}", "-3/4"), (r"\frac{3}{-4}", r"-\frac34"), ("6 - 5i", "6-5i"), (r"2\pi", r"2 \pi"),
     (r"3 \text{ or } 4", "4, 3"), (r"\text{A,C,F}", "A, C, F"), ("13,800", "13800"),
+    # Always so, and not to be lost: what is counted, and where, is no part of the value.
+    ("18 apples each", "18"), ("18 apples in total", "18"), ("18 red apples", "18"), ("18 people", "18"),
+    ("18 students in the class", "18"), ("18 pieces of candy", "18"), ("$5 per hour", "5"),
+    ("5 dollars each", "5"), ("72 clips altogether", "72"), ("12 years old", "12"),
+    ("25 miles per gallon", "25"), ("1/2 pizza", "0.5"), ("$18 profit", "18"), ("18 eggs left", "18"),
+    ("5 m/s", "5 meters per second"), ("60 km/h", "60 kph"), ("5 kg/m^3", "5"),
+    ("9.8 m/s\u00b2", "9.8 m/s^2"), ("1:30 pm", "1:30"), ("3:2", "3 : 2"),
+    ("7 days and 4 hours", "4 hours and 7 days"), ("12 quarters", "12"), ("3 gallons of water", "3"),
 ]
 DIFFERENT = [
     (MATRIX, r"\begin{pmatrix} 1 & 2 \\ 3 & 5 \end{pmatrix}"),
@@ -122,6 +193,14 @@ DIFFERENT = [
     (r"2\frac{-a}{3}", r"2-\frac{a}{3}"), (r"\frac{-1+\sqrt7}{2}", r"-\frac{1+\sqrt7}{2}"),
     ("1011_2", "1011"), ("1011_2", "1011_3"), (r"1 \pm \sqrt2", r"1 + \sqrt2"), ("[0,1)", "(0,1)"),
     (r"\sqrt{2}", "1.4142135"), ("5-", "5"), ("f'", "f"), (r"\text{}", "5"), ("0^{-1}", "0"),
+    # Always so, and not to be lost.
+    ("3 dozen eggs", "3"), ("twice 5", "5"), ("half of 12", "12"), ("3 point 5", "3"), ("10 out of 12", "10"),
+    ("5 ft 3 in", "5"), ("7 days and 4 hours", "7"), ("2 and a half", "2"), ("5 to 8", "5"),
+    ("at least 5", "5"), ("5 m/s", "5 m"), ("5 m/s^2", "5 m/s"), ("\u20ac5", "\u00a35"),
+    ("18 apples", "18 oranges"), ("2:30 pm", "2:30 am"), ("2x=4", "4"), ("x+1=5", "5"), ("3+4=8", "7"),
+    ("3+4=7", "8"), (r"2\theta = 60", "60"), ("5 = x", "y = 5"), (r"18 \pmod{20}", r"18 \pmod{21}"),
+    (r"38 \bmod 20", "38"), ("100,200,300", "100, 200, 301"), ("100200300", "100, 200, 300"),
+    ("1,000", "1, 0"), (r"\color{red}{18}", "19"), ("about 8", "9"),
 ]
 
 
@@ -163,6 +242,22 @@ def test_hostile_answers_take_no_long_time(one, other, monkeypatch):
         began = time.monotonic()
         is_correct(solution, other)
         assert time.monotonic() - began < 2
+
+
+HOSTILE_TEXTS = [text + "5" for text in (
+    "answer is " * 10**5, "answer (" * 10**5, "the answer to " * 10**5, "#" * 10**6, "$1" * 10**5,
+    "\n" * 10**6, "The answer is " + "x" * 10**6, "The answer is not " + "a " * 10**6,
+    "The answer is " + "! " * 10**5, "The answer is 1 (" + "aaa " * 20 + "(" * 10**5,
+    "The answer is " + "therefore " * 10**5, "The answer is $$" + "\n" * 10**6,
+    "<b>" * 10**5 + "answer is " + "<b>" * 10**5,
+)]
+
+
+@pytest.mark.parametrize("solution", HOSTILE_TEXTS, ids=range(len(HOSTILE_TEXTS)))
+def test_an_answer_is_found_in_no_long_time(solution):
+    began = time.monotonic()
+    grading.extract_answer(solution)
+    assert time.monotonic() - began < 2
 
 
 def test_no_answer_makes_the_grader_fail_and_it_matters_not_which_is_the_guess(monkeypatch):
