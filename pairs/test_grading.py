@@ -97,7 +97,14 @@ RIGHT = [  # (solution, answer) that count as right
     ("The answer is 18 (9 eggs times $2).", "18"), ("The answer is B because A is too small.", "B"),
     ("The answer is that she has 18 apples.", "18"), ("Answer: The total is 18.", "18"),
     ("Answer: Janet makes $18 every day.", "18"), ("### Answer:\nShe sold 72 clips.", "72"),
-    ("The answer is the point (3, 4).", "(3,4)"),
+    ("The answer is the point (3, 4).", "(3,4)"), ("The answer is Rs. 500.", "500"),
+    ("The answer is 10 a.m.", "10 am"),
+    # A chain of "=" has its last member's value, and "!" may be a factorial.
+    ("The answer is: 256+37 = 293", "293"), ("The answer is 5! = 120", "120"),
+    ("The answer is 3! + 2! = 8.", "8"), ("Answer: 12 + 6 = 18 eggs", "18"), ("Answer: $12 + $6 = $18", "18"),
+    # One letter is a choice.
+    (box("B (12 km)"), "B"), (box("B is correct"), "B"), (box("the letter B"), "B"), (box("B - 12 km"), "B"),
+    (box("b) 12"), "B"), (box("(Option C)"), "C"), (box("A (C is wrong)"), "A"), (box("answer C"), "C"),
 ]
 WRONG = [
     (r"first \boxed{3}, then \boxed{4}", "3"), (r"\boxed{12", "12"), (r"it is \boxed{4}, no: \boxed{5", "4"),
@@ -113,16 +120,23 @@ WRONG = [
     (box("east"), "seat"), (box(r"\text{odd}"), "even"), (box("x=5"), "y=5"), (box("101_2"), "101"),
     ("The answer is: A", "B"), (box("12"), "B"), ("The answer is: A train", "A"), ("The answer is: CD", "C"),
     (box(NINES), NINES + "1"), (box("-3"), "3"), (box("7:30"), "7.5"),
+    # More than one letter is no choice.
+    (box("A, B, C, D, E"), "A"), (box("A, C"), "A"), (box(r"A,\ C"), "A"), (box(r"\text{A, C}"), "A"),
+    (box(r"A\text{, }C"), "A"), (box("{A, C}"), "A"), (box("(A), (C)"), "A"), (box("(A)(C)"), "A"),
+    (box("(A) and (C)"), "A"), (box("(a) and (c)"), "A"), (box("A) and C)"), "A"), (box("A, B and C"), "A"),
+    (box("A,B,C,D or E"), "A"), (box("A) 3, C) 5"), "A"), (box("option A, option C"), "A"),
+    (box("A, F"), "A"), ("The answer is: A, C", "A"),
     # No other number of the sentence, no question and no supposition.
-    ("The answer is 5! = 120", "5"), ("The answer is 18?", "18"), ("Suppose the answer is 18", "18"),
+    ("The answer is 5! = 120", "5"), ("The answer is 3:2", "1.5"), ("The answer is 2 lakh", "2"),
+    ("The answer is 20 more than Tom", "20"), ("The answer is 18?", "18"), ("Suppose the answer is 18", "18"),
     # Always so, and not to be lost; nothing that was cut off.
     ("The answer is: 256+37 = 293", "256"), ("The answer is not 12.", "12"), ("The answer is twice 5", "5"),
     ("So the answer is not 12 but 18", "12"), ("The answer is the square root of 16", "16"),
     ("The answer is found in line 18", "18"), ("The answer is: 7\nSo the answer is twice 5.", "7"),
-    ("Answer: 3 hours and 20 minutes", "3"), ("Let us find the answer. 9 * 2 = 18", "18"),
-    ("The answer is:\n$$18", "18"), ("18. The answer is:\n", "18"),
-    ("The answer is 12. No. The answer is:\n", "12"), ("Answer:", "18"), ("**Answer**", "18"),
-    ("Answer: A and C", "A"), (box("A or C"), "A"), (box("A/C"), "A"),
+    ("Answer: 3 hours and 20 minutes", "3"), ("Answer: Tom has 20 more than Jim", "20"),
+    ("Let us find the answer. 9 * 2 = 18", "18"), ("The answer is:\n$$18", "18"),
+    ("18. The answer is:\n", "18"), ("The answer is 12. No. The answer is:\n", "12"), ("Answer:", "18"),
+    ("**Answer**", "18"), ("Answer: A and C", "A"), (box("A or C"), "A"), (box("A/C"), "A"),
 ]
 
 
@@ -166,6 +180,37 @@ SAME = [  # answers that are one value, whichever of them is the guess
     (r"\text{(A)}", "A"), (r"\mbox{odd}", "odd"), (r"(3, \frac{\pi}{2})", r"\left( 3, \frac{\pi}{2} \right)"),
     (r"-\frac{3}{4}", "-3/4"), (r"\frac{3}{-4}", r"-\frac34"), ("6 - 5i", "6-5i"), (r"2\pi", r"2 \pi"),
     (r"3 \text{ or } 4", "4, 3"), (r"\text{A,C,F}", "A, C, F"), ("13,800", "13800"),
+    # A chain of "=" has its last member's value.
+    ("256+37 = 293", "293"), ("5! = 120", "120"), ("x = 3+4 = 7", "7"), (r"3 \times 6 = 18", "18"),
+    ("x == 5", "5"), (r"\frac{1}{2}+\frac{1}{4} = \frac34", "3/4"), ("3 apples + 2 apples = 5 apples", "5"),
+    ("5 = x", "5"), (r"9 * \$2 = \$18", "18"), ("f(2) = 2^2+1 = 5", "5"), (r"\sqrt{16} = 4", "4"),
+    (r"\sum_{i=1}^{10} i = 55", "55"), ("2 x 9 = 18", "18"), (r"\log_2 8 = 3", "3"),
+    (r"50\% of 36 = 18", "18"), ("3 cm + 4 cm = 7 cm", "7"),
+    # Approximately, colours, remainders, and lists that may be numbers.
+    ("approximately 8.24", "8.24"), (r"\text{approximately } 8.24", "8.24"), ("(approximately) 8.24", "8.24"),
+    ("about 8.24", "8.24"), ("approx. 8.24", "8.24"), ("\u2248 8.24", "8.24"), (r"\sim 8.24", "8.24"),
+    (r"\sqrt{68} \approx 8.24", "8.24"), ("roughly 18 apples", "18"), (r"\therefore 18", "18"),
+    (r"\color{red}{18}", "18"), (r"{\color{red}18}", "18"), (r"{\color{red}{18}}", "18"),
+    (r"\color{red} 18", "18"), (r"\textcolor{blue}{18}", "18"), (r"\textcolor[rgb]{1,0,0}{18}", "18"),
+    (r"\color{#FF0000}{18}", "18"), (r"\textcolor{red}{\frac{1}{2}}", "1/2"),
+    (r"\color{red}{\frac{\sqrt{2}}{2}}", r"\frac{\sqrt2}{2}"), (r"\color{red}{18}\text{ cm}", "18"),
+    (r"\underline{18}", "18"), (r"\boldsymbol{18}", "18"), (r"\large 18", "18"), (r"18 \pmod{20}", "18"),
+    (r"18 \pmod {20}", "18 (mod 20)"), ("18 mod 20", "18"), (r"18 \bmod 20", "18"),
+    (r"18\ (\text{mod}\ 20)", "18"), (r"x \equiv 18 \pmod{20}", "18"), ("x \u2261 18 (mod 20)", "18"),
+    (r"1, 3 \pmod 4", "1, 3"), ("100,200,300", "100, 200, 300"), ("100,200,300", "300, 200, 100"),
+    ("100,200", "100 and 200"), ("$100,200,300$", "100, 200, 300"),
+    # Currencies, units with an order, what is counted, ratios and times.
+    ("$5/hour", "5"), ("$5 per hour", "5 dollars per hour"), ("US$18", "18"), ("USD 18", "18"),
+    ("18 USD", "$18"), ("\u20ac18", "18"), ("\u20ac18", "18 euros"), ("18\u20ac", "18"),
+    ("\u00a33.50", "3.5"), ("\u00a318", "18 pounds"), ("\u20b9500", "500"), ("Rs. 500", "500"),
+    ("Rs 500", "500 rupees"), ("\u00a5500", "500"), ("50\u00a2", "50 cents"), ("5 m/s", "5 m s^{-1}"),
+    ("12 ft^2", "12 feet squared"), ("36 sq. km", "36 km^2"), ("50 per cent", "50%"), ("18 (apples)", "18"),
+    ("18 (approximately)", "18"), ("3 third graders", "3"), ("5 a day", "5"), ("12 o'clock", "12"),
+    ("10 am", "10 a.m."), ("1:30 p.m.", "1:30 pm"), ("1:2:3", "2:4:6"), (r"3\colon 2", "3:2"),
+    # Number words are numbers.
+    ("2 lakh", "200000"), ("3 crore", "30,000,000"), ("3 dozen", "36"), ("5 hundred", "500"),
+    ("2.5 million", "2500000"), ("$2 million", "2,000,000"), ("2 hundred thousand", "200000"),
+    ("2 and a half", "2.5"), ("2 and a half hours", "2.5"), (r"3\text{ pi}", r"3\pi"),
     # Always so, and not to be lost: what is counted, and where, is no part of the value.
     ("18 apples each", "18"), ("18 apples in total", "18"), ("18 red apples", "18"), ("18 people", "18"),
     ("18 students in the class", "18"), ("18 pieces of candy", "18"), ("$5 per hour", "5"),
@@ -193,6 +238,30 @@ DIFFERENT = [
     (r"2\frac{-a}{3}", r"2-\frac{a}{3}"), (r"\frac{-1+\sqrt7}{2}", r"-\frac{1+\sqrt7}{2}"),
     ("1011_2", "1011"), ("1011_2", "1011_3"), (r"1 \pm \sqrt2", r"1 + \sqrt2"), ("[0,1)", "(0,1)"),
     (r"\sqrt{2}", "1.4142135"), ("5-", "5"), ("f'", "f"), (r"\text{}", "5"), ("0^{-1}", "0"),
+    # Number words make another number.
+    ("2 lakh", "2"), ("5 lakhs", "5"), ("2 lakh rupees", "2"), ("3 crore", "3"), ("3 gross", "3"),
+    ("5 grand", "5"), ("5 bn", "5"), ("5 mil", "5"), ("4 tens", "4"), ("10 thousandths", "10"),
+    ("7 tenths", "7"), ("5 fifths", "5"), ("7 hundredths", "7"), ("10 millionths", "10"),
+    ("3 fifths of it", "3"), ("2 thousandths of an inch", "2"), ("7 eighths", "7"), ("4 halves", "4"),
+    ("3 quarters", "3"), ("3 quarters of a mile", "3"), ("1 lakh", "1"),
+    # So do letters, symbols and functions.
+    (r"6\,ab", "6"), (r"6\,cd", "6"), (r"6\,xyz", "6"), ("5 xy", "5"), ("1 ab", "1"), (r"3\text{ pi}", "3"),
+    ("5 pi", "5"), (r"6 \text{ pi cm}", "6"), ("4 theta", "4"), ("3 alpha", "3"), ("5 sqrt", "5"),
+    ("5 squared", "5"), ("6 squared cm", "6"), ("4 cubed", "4"), ("5 factorial", "5"), ("3 mod", "3"),
+    ("5 doubled", "5"), ("5 minus", "5"), ("5 minus x", "5"), ("8 divided", "8"), ("101 in base two", "101"),
+    ("101 in binary", "101"),
+    # Comparisons leave the number open.
+    ("20 more than Tom", "20"), ("5 more", "5"), ("5 more apples", "5"), ("5 apples more than Tom", "5"),
+    ("5 less", "5"), ("20 dollars less", "20"), ("5 fewer", "5"), ("5 apples fewer", "5"), ("5 times", "5"),
+    ("5 times as many", "5"), ("5 times more", "5"), ("5 inches taller", "5"),
+    ("5 years older than Tom", "5"), ("5 points higher", "5"), ("20 degrees below zero", "20"),
+    ("3 percent less", "3"), ("20 percent more", "20"), ("1/2 more", "1/2"), ("5 until noon", "5"),
+    ("5 to noon", "5"), ("5 before noon", "5"),
+    # A quotient of units has an order; ratios and times are no quotients.
+    ("5 m/s", "5 s/m"), ("5/2 m/s", "5/2 s/m"), ("5 km/h", "5 h/km"), ("5 kg/m^3", "5 kg m^3"),
+    ("5 dollars per apple", "5 apples per dollar"), ("3:2", "1.5"), ("3:2", "3/2"), ("3:2", r"\frac{3}{2}"),
+    ("6:4", "1.5"), ("1:2", "0.5"), ("2:1", "2"), ("1:1", "1"), ("3 : 1", "3"), ("0:1", "0"),
+    ("1:2:3", "1:3:2"), ("10:30", "10/30"), ("10:30", "1:3"), ("7/2 : 1", "3.5"),
     # Always so, and not to be lost.
     ("3 dozen eggs", "3"), ("twice 5", "5"), ("half of 12", "12"), ("3 point 5", "3"), ("10 out of 12", "10"),
     ("5 ft 3 in", "5"), ("7 days and 4 hours", "7"), ("2 and a half", "2"), ("5 to 8", "5"),
