@@ -44,7 +44,7 @@ def _up_to_matching_brace(text: str) -> str | None:
 # Of a longer text the end is searched, and of more marks the last ones: only hostile texts have so many.
 LONGEST_TEXT = 100_000
 LAST_MARKS = 50
-IS = (r"(?:is|are|was|equals|becomes|comes\ to|turns\ out\ to\ be"
+IS = (r"(?:is|are|equals|becomes|comes\ to|turns\ out\ to\ be"
       r"|(?:would|will|must|should|has\ to|have\ to)\ be)")
 OF_WHAT = r"""(?: ,[^,.:\n]{1,60},                # The answer, in dollars, is
                 | \ \([^()\n]{1,60}\)             # The answer (rounded) is
@@ -57,8 +57,8 @@ MARK = re.compile(rf"""
     (?: (?P<formula> \$[^$\n]{{1,99}}\$ | (?-i:\([A-E]\)|[A-E]))
       | (?P<number> -?\$?\d[\d.,/]*%? (?:\ [a-z]{{1,20}})?))
     \*{{0,2}} \ is\ (?:(?:the|our|my)\ )? (?:(?:final|right|correct)\ )? (?:answer|option|choice)\b
-  | (?<![a-zA-Z]) (?:ans(?:wers?)?|correct\ (?:option|choice))\b           # "The answer is", "Answer:"
-    \*{{0,2}} {OF_WHAT}? (?: \s{{1,3}}{IS}\b | \s{{0,3}}(?P<colon>[:=\u2192]|->) )
+  | (?<![a-zA-Z/]) (?:ans(?:wers?)?|correct\ (?:option|choice))\b           # "The answer is", "Answer:"
+    \*{{0,2}} (?: {OF_WHAT}? \s{{1,3}}{IS}\b | (?:\ \([^()\n]{{1,60}}\))? \s{{0,3}}(?P<colon>[:=\u2192]|->) )
   | \banswer\ (?=\(?[A-E]\)?\.?\s{{0,9}}$)                                 # "Answer D"
     """, re.I | re.M | re.X)
 

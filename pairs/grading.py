@@ -106,6 +106,7 @@ BRACED = r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"  # {...}, with braces two
 COLOUR = r"(?: ?\[\w+\])? ?\{[^{}]*\}"
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\s+", " "),
+    (r"<<[^<>]*>>", ""),  # GSM8K's calculator: 9*2 = <<9*2=18>>18
     # Colour and other ornament: \color{red}{18}, {\color{red} 18}, \underline{18}, \large 18.
     (rf"\\(?:(?:text)?color{COLOUR}|colorbox{COLOUR}|underline|boldsymbol|bm) ?{BRACED}", r" \1 "),
     (rf"\{{ ?\\color{COLOUR}((?:[^{{}}]|{BRACED})*)\}}", r" \1 "),

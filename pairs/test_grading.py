@@ -101,7 +101,8 @@ RIGHT = [  # (solution, answer) that count as right
     ("The answer is 10 a.m.", "10 am"),
     # A chain of "=" has its last member's value, and "!" may be a factorial.
     ("The answer is: 256+37 = 293", "293"), ("The answer is 5! = 120", "120"),
-    ("The answer is 3! + 2! = 8.", "8"), ("Answer: 12 + 6 = 18 eggs", "18"), ("Answer: $12 + $6 = $18", "18"),
+    ("The answer is 3! + 2! = 8.", "8"), ("Answer: 12 + 6 = 18 eggs", "18"),
+    ("The answer is 9*2=<<9*2=18>>18", "18"), ("Answer: $12 + $6 = $18", "18"),
     # One letter is a choice.
     (box("B (12 km)"), "B"), (box("B is correct"), "B"), (box("the letter B"), "B"), (box("B - 12 km"), "B"),
     (box("b) 12"), "B"), (box("(Option C)"), "C"), (box("A (C is wrong)"), "A"), (box("answer C"), "C"),
@@ -134,6 +135,7 @@ WRONG = [
     ("So the answer is not 12 but 18", "12"), ("The answer is the square root of 16", "16"),
     ("The answer is found in line 18", "18"), ("The answer is: 7\nSo the answer is twice 5.", "7"),
     ("Answer: 3 hours and 20 minutes", "3"), ("Answer: Tom has 20 more than Jim", "20"),
+    ("Express the answer as a percentage: 6/10 = 60%", "60"), ("24 answers * 2 points/answer = 48", "48"),
     ("Let us find the answer. 9 * 2 = 18", "18"), ("The answer is:\n$$18", "18"),
     ("18. The answer is:\n", "18"), ("The answer is 12. No. The answer is:\n", "12"), ("Answer:", "18"),
     ("**Answer**", "18"), ("Answer: A and C", "A"), (box("A or C"), "A"), (box("A/C"), "A"),
