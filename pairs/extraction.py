@@ -120,7 +120,7 @@ VERB = re.compile(r"[^\d\\$=]*\b(?:is|are|was|were|equals?|totals?|gives?|has|ha
                   rf"|uses?|eats?|ate|buys?|bought) (?:{ABOUT} )?(?=[*(-]*[$\\\d])")
 # "18, because 9 * 2 = 18", "18, not 12", "18 as required", "18 (nine eggs times two)".
 CLAUSE = re.compile(r",? (?:because|since|which|whereas)\b|,? and not\b"
-                    r"|, (?:not|so|but|as|where|hence|thus|I)\b"
+                    r"|, (?:not|so|but|as|where|hence|thus|I)\b| I (?:hope|think|believe)\b"
                     r"| as (?:shown|required|expected|desired|given|stated|above)\b"
                     r"| (?:is|are|was|were) (?:the|left|needed|required|sold)\b"
                     r"| \((?:since|because)\b| \([^()\\]{0,80}[a-z]{3} [^()\\]{0,80}[a-z]{3}[^()\\]{0,80}\)$")

@@ -8,6 +8,7 @@
 import re
 from collections import Counter
 from fractions import Fraction
+from string import ascii_lowercase
 
 # One unit a string: the name it is compared by, then its other names. Nouns are here if their plural is odd.
 UNITS = {name: names.split()[0] for names in (
@@ -42,7 +43,7 @@ FRACTION = re.compile(  # "2 thirds", "1 tenth", "1 third of it", but not "2 thi
 
 # Behind a unit and no part of it: "18 apples each", "5 cups of water", "3 dollars in total".
 TOTAL = re.compile(r"(?:^| )(?:each|apiece|total|altogether|overall|combined|left|left over|remaining"
-                   r"|in total|in all|old|long|wide|tall|high|deep|only|exactly|rounded"
+                   r"|in total|in all|old|long|wide|tall|high|deep|only|exactly|indeed|rounded"
                    r"|approx(?:\.|imately)?)$")
 WHERE = re.compile(r"(?<=[a-z]) (?:of|in|on|at|for|from|with)(?: [a-z']+){1,4}$")
 PER = re.compile(r" ?/ ?|(?:^| )(?:per|every|each|an?) ")
@@ -109,7 +110,7 @@ def _factors(words: str, may_be_singular: bool) -> list[tuple[str, int]] | None:
     others = [word for _, word, _ in tokens[len(factors):]]
     if not others:
         return factors
-    if min(map(len, others)) < 3:  # letters: ab, x
+    if any(len(word) < 3 or word in ascii_lowercase for word in others):  # letters: ab, xyz
         return None
     is_comparison = re.search("(?<!wat)(?<!butt)(?<!pap)er$", others[-1])
     if factors and len(others) == 1 and tokens[0][1] != "in" and not is_comparison:
