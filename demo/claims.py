@@ -40,11 +40,14 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, make.ROOT)
 import data  # noqa: E402
-import storage  # noqa: E402
 from bench.common import environment, write  # noqa: E402
-from files import content_key, lock, run_command  # noqa: E402
 from pairs.grading import paired_gain  # noqa: E402
 from pairs.problems import STEP_PREFIX, find_steps  # noqa: E402
+from runtime.commands import run_command  # noqa: E402
+from runtime.files import content_key, lock  # noqa: E402
+from runtime.rows import read_rows  # noqa: E402
+from runtime.templates import read_tokenizer  # noqa: E402
+from runtime.weights import model_identity  # noqa: E402
 
 TITLES = {"sft": "supervised, chosen solutions", "solutions": "DPO, right and wrong solutions",
           "branches": "DPO, solutions from the located step on", "step": "Step-DPO",
@@ -256,7 +259,7 @@ def gradient_shares(args: argparse.Namespace, kind: str, count: int = 100) -> di
     over pairs. Of a chosen solution that goes another way the step of the same number is meant.
     """
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    tokenizer, totals = data.read_tokenizer(MODEL), torch.zeros(3)
+    tokenizer, totals = read_tokenizer(MODEL), torch.zeros(3)
     rows = make.read(rows_of(args, kind))[:count]
     steps = [step_number(pair) for pair in make.read(rows_of(args, "step"))[:count]]
 
@@ -314,11 +317,11 @@ def percent_gain(before: list, after: list) -> list[float]:
 
 def trained_tokens(args: argparse.Namespace, kind: str) -> int:
     """Tokens per pair that carry a loss."""
-    tokenizer, path = data.read_tokenizer(MODEL), rows_of(args, kind)
+    tokenizer, path = read_tokenizer(MODEL), rows_of(args, kind)
     if kind == "sft":
         examples = [sft.encode(tokenizer, row, path, "") for row in make.read(path)]
         return round(sum(len(example.ids) - example.question for example in examples) / len(examples))
-    pairs, _ = data.encode(data.read_rows(path), tokenizer, "chat", "", span_of(kind), 1024)
+    pairs = data.encode(read_rows(path), tokenizer, "chat", "", span_of(kind))
     return round(sum(len(pair.chosen) + len(pair.rejected) for pair in pairs) / len(pairs))
 
 
@@ -399,7 +402,7 @@ def main() -> None:
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
 
     report = environment()
-    args.work = f"{args.work}/{content_key(str(args.tempting), storage.model_identity(MODEL))}"
+    args.work = f"{args.work}/{content_key(str(args.tempting), model_identity(MODEL))}"
     locked = lock(f"{args.work}/.lock")  # noqa: F841  held until this ends
     report |= measure(args)
     show(report)

@@ -29,11 +29,12 @@ import torch.distributed as dist
 from claims import MODEL
 
 from bench.common import environment, write
-from files import joining, print0
 from pairs.__main__ import parse
 from pairs.problems import read_problems
 from pairs.sampling import Samples, Settings
 from pairs.stages import Wrong, locate_by_rollouts, open_rows, pass_rate, solve, wrong_solutions
+from runtime.commands import joining
+from runtime.messages import print0
 
 COLUMNS = "| rule | located | exact | exact, of all | one step off | early, late | lengths per located |"
 

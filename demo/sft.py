@@ -33,11 +33,15 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data  # noqa: E402
-from files import INT, POSITIVE_FLOAT, POSITIVE_INT  # noqa: E402
+from runtime import hub_kernels  # noqa: E402
+from runtime.flags import INT, POSITIVE_FLOAT, POSITIVE_INT  # noqa: E402
+from runtime.rows import read_rows  # noqa: E402
+
+hub_kernels.keep_out()
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 
 class Example(NamedTuple):
@@ -66,7 +70,7 @@ def encode(tokenizer, row: dict, where: str, instruction: str | None = None) -> 
 
 def read(args: argparse.Namespace, tokenizer) -> list[Example]:
     """The rows of --data that --rows takes and --max-tokens leaves."""
-    rows = data.read_rows(args.data)[args.rows]
+    rows = read_rows(args.data)[args.rows]
     examples = [encode(tokenizer, row, where, args.instruction) for where, row in rows]
 
     kept = [example for example in examples if len(example.ids) <= args.max_tokens]
