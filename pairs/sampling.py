@@ -451,16 +451,18 @@ class LocalSampler:
         sequences = [list(sequences[i]) for i in order.tolist()]
 
         most = 0.0
-        for _ in range(3):
+        for new_tokens in range(3):
+            if new_tokens > 0:
+                token = logits.argmax(-1)
+                for ids, new in zip(sequences, token.tolist(), strict=True):
+                    ids.append(new)
+                mask, logits = self._read_token(token, mask, kv_cache)
             if not logits.isfinite().all():
                 return 0.0
             for ids, in_batch in zip(sequences, logits.float().softmax(-1), strict=True):
                 alone = self.model(torch.tensor([ids], device=self.device), use_cache=False).logits[0, -1]
-                most = max(most, (alone.float().softmax(-1) - in_batch).abs().sum().item() / 2)
-            token = logits.argmax(-1)
-            for ids, new in zip(sequences, token.tolist(), strict=True):
-                ids.append(new)
-            mask, logits = self._read_token(token, mask, kv_cache)
+                moved = (alone.float().softmax(-1) - in_batch).abs().sum().item() / 2
+                most = max(most, moved)
         return most
 
     def _draw_or_none(self, wanted: list[tuple[list[int], str]]) -> list[Continuation] | None:

@@ -28,7 +28,8 @@ REFUSED = {  # class of the configuration: its fields, and what the model does
     "BartConfig": (BART, "says something else there than alone"),  # its positions go on over padding
 }
 GPT2 = dict(n_embd=32, n_head=4, n_layer=2)
-TAKEN = {"MistralConfig": dict(sliding_window=12), "Gemma2Config": dict(sliding_window=12), "GPT2Config": GPT2}
+TAKEN = {"MistralConfig": dict(sliding_window=12), "Gemma2Config": dict(sliding_window=12),
+         "GPT2Config": GPT2}
 
 
 def make(name: str, fields: dict, tokenizer, folder) -> str:
