@@ -61,6 +61,10 @@ class Place:
     def edit_rows(self, **changes) -> None:
         write_jsonl(self.folder / "pairs.jsonl", [row | changes for row in make_rows(8)])
 
+    def held_out(self) -> str:
+        """A file with other pairs."""
+        return write_jsonl(self.folder / "held_out.jsonl", make_rows(16)[8:])
+
 
 @pytest.fixture
 def place(tmp_path, tiny):
@@ -516,7 +520,7 @@ DAMAGED = {
                                    "content of --model"),
     "another template": (lambda p: p.write("model/chat_template.jinja", "{{ messages[0]['content'] }}:"),
                          "content of --data"),
-    "held-out pairs": (lambda p: p.flags.update({"eval-data": p.folder / "pairs.jsonl"}), "content of --eval-data"),
+    "held-out pairs": (lambda p: p.flags.update({"eval-data": p.held_out()}), "content of --eval-data"),
     "a reference": (lambda p: p.flags.update(reference=p.source), "content of --reference"),
     "no --resume": (lambda p: None, "already holds a run; continue it with --resume"),
 }
@@ -636,7 +640,7 @@ def test_a_disk_without_room_for_the_model_is_refused_at_once(place, monkeypatch
 
 
 def test_numbers_that_are_no_longer_finite_are_not_exported(place, monkeypatch, capsys):
-    place.flags |= {"max-steps": 1, "learning-rate": 1e38, "eval-data": place.folder / "pairs.jsonl"}
+    place.flags |= {"max-steps": 1, "learning-rate": 1e38, "eval-data": place.held_out()}
     status, _, err = start(place.words(), monkeypatch, capsys)
     assert status == 2 and re.search("step 1: held-out loss nan; nothing was exported", err)
     place.flags |= {"eval-data": None, "output-dir": place.folder / "again"}
