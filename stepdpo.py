@@ -41,7 +41,7 @@ from torch.utils.checkpoint import checkpoint
 import data
 from data import Batch, Pair
 from kernels import linear_logps
-from runtime import architectures, checkpoints, commands, offload, outputs, startup, weights
+from runtime import architectures, checkpoints, commands, offload, outputs, rows, startup, weights
 from runtime.messages import InputError, print0, progress
 from runtime.startup import Run, local_device
 
@@ -411,6 +411,7 @@ def shard(policy: Policy, config: Config) -> None:
 
 def run(config: Config) -> None:
     """Train, and with --test-problems compare the model before and after."""
+    rows.refuse_missing_library(*config.data, config.eval_data, config.test_problems)
     if config.test_problems:
         from pairs.problems import read_problems
         read_problems(config.test_problems)  # what is wrong with them must not show only at the end

@@ -29,14 +29,15 @@ from pathlib import Path
 
 import torch
 import transformers
-from common import announced_environment, naive_training, write
+from common import announced_environment, write
+from naive import naive_training
 from tqdm import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
 import conftest
 import stepdpo
-import storage
-from files import InputError
+from runtime import weights
+from runtime.messages import InputError
 
 VERDICTS = ("equal", "refused", "differs", "traceback", "not built")
 WORKERS, TIME_LIMIT, ALLOWED = 2, 300, 2e-4  # processes, seconds for each, difference of a loss
@@ -116,7 +117,7 @@ def make_model(model_type: str, folder: str) -> None:
 
 def examine(model_type: str, folder: str) -> tuple[str, str]:
     """(verdict, reason) of one architecture."""
-    model, out, naive, weights, export = f"{folder}/model", f"{folder}/out", None, {}, storage.export
+    model, out, naive, trained, export = f"{folder}/model", f"{folder}/out", None, {}, weights.export
     config = stepdpo.parse([
         f"--model={model}", f"--data={folder}/../pairs.jsonl", f"--output-dir={out}", "--batch-size=4",
         "--epochs=1", "--learning-rate=1e-3", "--dtype=float32", "--activation-checkpointing"])
@@ -130,10 +131,10 @@ def examine(model_type: str, folder: str) -> tuple[str, str]:
 
     def remember_and_export(policy: stepdpo.Policy, *args: str) -> None:
         for name, tensor in policy.model.state_dict().items():
-            weights[name] = getattr(tensor, "full_tensor", tensor.clone)().clone()
+            trained[name] = getattr(tensor, "full_tensor", tensor.clone)().clone()
         export(policy, *args)
 
-    storage.export = remember_and_export  # for good: this process ends soon
+    weights.export = remember_and_export  # for good: this process ends soon
     try:
         stepdpo.train(config)
     except Exception as error:
@@ -148,9 +149,9 @@ def examine(model_type: str, folder: str) -> tuple[str, str]:
     worst, moved = max(abs(a - b) for a, b in zip(losses, naive, strict=True)), abs(naive[-1] - math.log(2))
     again = transformers.AutoModelForCausalLM.from_pretrained(f"{out}/model", dtype=torch.float32)
     exported = again.state_dict()
-    kept = exported.keys() == weights.keys() and all(torch.equal(exported[name], weights[name])
+    kept = exported.keys() == trained.keys() and all(torch.equal(exported[name], trained[name])
                                                      for name in exported)
-    kept = kept and storage.weight_files(model) == storage.weight_files(f"{out}/model")
+    kept = kept and weights.weight_files(model) == weights.weight_files(f"{out}/model")
     verdict = "equal" if worst <= ALLOWED and moved > 1e-3 and kept else "differs"
     return verdict, f"losses differ by {worst:.1e}, moved by {moved:.1e}; exported: {'yes' if kept else 'NO'}"
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the record of device and versions, a clock, memory, the models' shapes."""
+"""What the benchmarks share: the record of device and versions, a clock, memory, the shapes of models."""
 
 import contextlib
 import datetime
@@ -19,6 +19,9 @@ import torch  # noqa: E402
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
+from runtime import hub_kernels  # noqa: E402
+
+hub_kernels.keep_out()
 
 CUDA = torch.cuda.is_available()
 PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate", "liger-kernel", "cut-cross-entropy",
@@ -72,7 +75,7 @@ def announced_environment() -> dict[str, Any]:
 
 
 def write(path: str, result: dict[str, Any]) -> None:
-    from files import write_atomically
+    from runtime.files import write_atomically
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     write_atomically(path, json.dumps(result, indent=1) + "\n")
     print(f"\nwrote {path}")
@@ -112,48 +115,9 @@ def extra_bytes(run: Callable[[], None]) -> int:
 
 def sizes(config) -> tuple[int, int]:
     """(parameters but embedding and head, V D) of a model of this configuration; nothing is allocated."""
-    from runtime import hub_kernels
-    hub_kernels.keep_out()
     from transformers import AutoModelForCausalLM
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     ends = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
     body = sum(parameter.numel() for parameter in model.parameters() if parameter not in ends)
     return body, ends.pop().numel()
-
-
-def naive_training(config) -> tuple[list[float], Any]:
-    """(losses, trained model) of the trainer's optimizer steps, made as plainly as can be: fp32 on a CPU,
-    whole logits, one sequence at a time."""
-    from torch.nn.functional import logsigmoid
-
-    import data
-    import stepdpo  # before transformers' classes: it keeps hub kernels out
-    from transformers import AutoModelForCausalLM  # isort: skip
-    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).eval()
-    pairs, _ = data.encode(data.read_rows(config.data[0]), data.read_tokenizer(config.model), config.template,
-                           config.instruction, config.span, config.max_length)
-    steps = config.epochs * data.steps_per_epoch(len(pairs), config.batch_size)
-
-    def logp(prefix: list[int], step: list[int]) -> torch.Tensor:
-        ids = torch.tensor([prefix + step])
-        logps = model(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
-        return logps.gather(1, ids[0, 1:, None])[-len(step):].sum()
-
-    def log_ratios(indices) -> torch.Tensor:
-        chosen_and_rejected = [[logp(pairs[i].prefix, step) for step in pairs[i][1:3]] for i in indices]
-        return torch.stack([chosen - rejected for chosen, rejected in chosen_and_rejected])
-
-    with torch.no_grad():
-        reference = log_ratios(range(len(pairs)))
-    optimizer, losses = torch.optim.AdamW(model.parameters(), weight_decay=0.0), []
-    for step in range(steps):
-        indices = data.indices_of_step(step, len(pairs), config.batch_size, config.seed)
-        loss = -logsigmoid(config.beta * (log_ratios(indices) - reference[indices])).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        optimizer.param_groups[0]["lr"] = stepdpo.learning_rate(step, steps, config)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses, model

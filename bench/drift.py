@@ -12,19 +12,20 @@ import json
 import os
 import tempfile
 
-from common import CUDA, HERE, ROOT, announced_environment, naive_training, write
+from common import CUDA, HERE, ROOT, announced_environment, write
+from naive import naive_training
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import stepdpo  # before transformers' classes: it keeps hub kernels out
+import stepdpo
 from pairs.problems import read_problems
 from pairs.sampling import Sample, Samples, Settings
 from pairs.stages import solve
-from transformers import AutoModelForCausalLM, AutoTokenizer  # isort: skip
 
 
 def answers_of(model: str, config: argparse.Namespace) -> list[Sample]:
     """Greedy answers to the test problems."""
-    settings = Settings(model, config.template, config.instruction, temperature=0, dtype="float32",
-                        max_new_tokens=config.max_length)
+    settings = Settings(model, config.template, config.instruction, config.template_args, temperature=0,
+                        dtype="float32", max_new_tokens=config.max_length)
     samples = Samples(f"{model}/answers.jsonl", settings)
     return [sample for _, sample in solve(read_problems(config.test_problems), samples, count=1)]
 

@@ -49,12 +49,12 @@ if [[ -n ${DRY:-} ]]; then
     many=(--batch-size 4 --steps 1 --rounds 1) few=("${many[@]}") test=(--collect-only)
     demo=(--max-steps 1) recipe=$(mktemp)
     sed 's/--test-problems [^ ]*//; s,demo/pairs,demo/eval_pairs,' demo/args > "$recipe"
-    shapes=(64,32,1000 33,64,1003 --repeats 2 --skip compiled) rows=(--heads 4,2,16 --tokens 700 --repeats 2)
+    shapes=(64,32,1000 33,64,1003 --repeats 2 --skip compiled) heads=(--heads 4,2,16 --tokens 700 --repeats 2)
     settings=(--ours='--offload gradients') exact=()
     shaped() { echo "--model demo/model"; }
 else
     many=(--batch-size 64 --steps 4 --rounds 2) few=(--batch-size 8 --steps 3 --rounds 1) test=() demo=() recipe=demo/args
-    shapes=(1024,8192,152064 2048,3584,152064 8192,4096,151936) rows=()
+    shapes=(1024,8192,152064 2048,3584,152064 8192,4096,151936) heads=()
     settings=(--ours='--tokens-per-micro-batch 4096' --ours=--compile --ours='--offload moments'
               --ours='--offload gradients')
     exact=(--ours='--dtype float32')
@@ -72,8 +72,8 @@ run_stage() {
     local against_cpu=(--cpu "${exact[@]}" --only '^ours$|fp32|float32')
     case $1 in
     # A pass holds for the code that passed, so its name carries that code's hash.
-    tests) stage "tests-$(cat ./*.py | sha256sum | cut -c1-12)" 300 \
-        "$python" -m pytest -q -p no:cacheprovider -k cuda test_stepdpo.py "${test[@]}" ;;
+    tests) stage "tests-$(cat ./*.py runtime/*.py runtime/tests/*.py | sha256sum | cut -c1-12)" 300 \
+        "$python" -m pytest -q -p no:cacheprovider -k cuda test_stepdpo.py runtime "${test[@]}" ;;
     demo) stage demo 200 "$python" stepdpo.py "@$recipe" --output-dir "$(mktemp -d)/out" "${demo[@]}" ;;
     same-demo) stage same-demo 200 "$python" bench/train.py --model demo/model --data demo/pairs.jsonl \
         --learning-rate 3e-5 "${few[@]}" "${against_cpu[@]}" --out "$results/same-demo-$device.json" ;;
@@ -81,7 +81,7 @@ run_stage() {
     loss)
         # shellcheck disable=SC2086
         stage loss 400 "$python" bench/loss.py ${LOSS:-} --shapes "${shapes[@]}" --out "$results/loss-$device.json" ;;
-    attention) stage attention 200 "$python" bench/packed_attention.py "${rows[@]}" \
+    attention) stage attention 200 "$python" bench/packed_attention.py "${heads[@]}" \
         --out "$results/attention-$device.json" ;;
     profile) steps profile-7b 7b "${many[@]}" --profile ;;
     steps) steps steps-7b 7b "${many[@]}" --rounds 1 "${settings[@]}" --only '^ours$|^ours, --' ;;

@@ -1,23 +1,24 @@
 #!/usr/bin/env python3
-"""Attention alone over packed rows of step pairs, forward and backward: ours, and what else could compute it.
+"""Attention alone over batches of step pairs, forward and backward: ours, and what else could compute it.
 
     python bench/packed_attention.py                            # Qwen2-7B's heads on a GPU, few on a CPU
-    python bench/packed_attention.py --heads 4,2,16 --tokens 256 --repeats 2 --out /tmp/rows.json   # seconds
+    python bench/packed_attention.py --heads 4,2,16 --tokens 256 --repeats 2 --out /tmp/some.json  # seconds
 
-A row is filled with pairs of random lengths: `short` as in GSM8K (prefix 100 to 330 tokens, steps 13 to 42),
-`long` as in competition mathematics (300 to 900, and 30 to 120). A prefix stands once and both steps see it,
-except in "not shared":
+A batch is filled with pairs of random lengths: `short` as in GSM8K (prefixes of 100 to 330 tokens, spans of
+13 to 42), `long` as in competition mathematics (300 to 900, and 30 to 120). A prefix stands once and both
+spans see it, except in "not shared":
 
-ours         attention.segment_attention: the keys of each segment gathered, then one call of varlen_attn
+ours         kernels.packed_attention: the keys of each segment gathered, then one call of varlen_attn
              (on a CPU, and in fp32, one call of sdpa per segment)
 one by one   the same segments, one call of sdpa each
-not shared   ours over prefix + chosen and prefix + rejected, so on a longer row
-sdpa, mask   scaled_dot_product_attention with a dense mask of the row
-flex         flex_attention, compiled; beside it the time to make its block mask, once per row
+not shared   ours over prefix + chosen and prefix + rejected, so over more tokens
+sdpa, mask   scaled_dot_product_attention with a dense mask of the batch
+flex         flex_attention, compiled; beside it the time to make its block mask out of the dense one, which
+             is needed once for each batch
 
 ms      median over the repeats of one forward and backward, by the clock; all methods take turns
 extra   (10^6 bytes) the most allocated at any moment beyond inputs, output and gradients
-error   |output - fp64| / |fp64| (norms), over all of the row
+error   |output - fp64| / |fp64| (norms), over the whole batch, by kernels.plain_attention in fp64
 """
 
 import argparse
@@ -30,61 +31,47 @@ import torch.nn.functional as F
 from common import CUDA, HERE, announced_environment, extra_bytes, seconds, write
 from torch import Tensor
 
-import attention
 import data
+import kernels
+from kernels import Segments
 
-ROWS = {"short": ((100, 330), (13, 42)), "long": ((300, 900), (30, 120))}  # lengths of prefixes, and of steps
+KINDS = {"short": ((100, 330), (13, 42)), "long": ((300, 900), (30, 120))}  # lengths of prefixes, and spans
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 DEVICE = "cuda" if CUDA else "cpu"
 
 
 def make_pairs(kind: str, tokens: int) -> list[data.Pair]:
-    """As many pairs as fill a row of so many tokens."""
+    """As many pairs as fill a batch of so many tokens."""
     rng, pairs, left = random.Random(0), [], tokens
     while True:
-        prefix, chosen, rejected = (rng.randint(*ROWS[kind][i]) for i in (0, 1, 1))
+        prefix, chosen, rejected = (rng.randint(*KINDS[kind][i]) for i in (0, 1, 1))
         left -= prefix + chosen + rejected
         if left < 0 and pairs:
             return pairs
         pairs.append(data.Pair([1] * prefix, [2] * chosen, [3] * rejected, "random"))
 
 
-def visible(segments: data.Segments) -> Tensor:
-    """(L, L) bool: which key each query of the row sees."""
-    length = sum(segments.query_lengths)
-    mask = torch.zeros(length, length, dtype=torch.bool, device=DEVICE)
-    keys, row = segments.key_index.split(segments.key_lengths), 0
-    for n, own in zip(segments.query_lengths, keys, strict=True):
-        seen = torch.ones(n, len(own), dtype=torch.bool, device=DEVICE).tril(len(own) - n)
-        mask[row:row + n, own] = seen
-        row += n
-    return mask
+# Each makes a function (query, key, value) -> output (1, L, H, d), of the segments and their dense mask.
 
 
-def ours(segments: data.Segments) -> Callable:
+def ours(segments: Segments, mask: Tensor) -> Callable:
+    return lambda q, k, v: kernels.packed_attention(q, k, v, segments)
+
+
+def one_by_one(segments: Segments, mask: Tensor) -> Callable:
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        attention.current_row.segments = segments
-        return attention.segment_attention(torch.nn.Module(), query, key, value)[0]
+        # FlashAttention takes values of the head size of keys only, so longer ones go segment by segment.
+        longer = F.pad(value, (0, 8))
+        return kernels.packed_attention(query, key, longer, segments)[..., :value.shape[-1]]
     return attend
 
 
-def one_by_one(segments: data.Segments) -> Callable:
-    attend = ours(segments)
-
-    def apart(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        # FlashAttention asks for as many numbers per value as per key, so one more sends it the other way.
-        return attend(query, key, F.pad(value, (0, 8)))[..., :value.shape[-1]]
-    return apart
-
-
-def masked(segments: data.Segments) -> Callable:
-    mask = visible(segments)
+def masked(segments: Segments, mask: Tensor) -> Callable:
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2)
 
 
-def flex(segments: data.Segments) -> Callable:
+def flex(segments: Segments, mask: Tensor) -> Callable:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    mask = visible(segments)
     block_mask = create_block_mask(lambda b, h, q, k: mask[q, k], None, None, len(mask), len(mask), DEVICE)
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: compiled(q, k, v, block_mask=block_mask, enable_gqa=True).transpose(1, 2)
@@ -120,12 +107,12 @@ def measure(kind: str, args: argparse.Namespace) -> dict:
     for name, (method, segments) in settings.items():
         inputs = inputs_of(sum(segments.query_lengths), args.heads, DTYPES[args.dtype])
         try:
-            run = forward_and_backward(method(segments), inputs)
+            run = forward_and_backward(method(segments, kernels.visible(segments)), inputs)
             output = run()
         except Exception as failure:  # that something cannot run here is a result
             results[name] = {"missing": f"{type(failure).__name__}: {failure}".splitlines()[0][:160]}
             continue
-        truth = masked(segments)(*(x.detach().double() for x in inputs))
+        truth = kernels.plain_attention(*(x.detach().double() for x in inputs), segments)
         kept = sum(x.nbytes for x in inputs) + output.nbytes
         results[name] = {"tokens": output.shape[1], "extra_bytes": extra_bytes(run) - kept,
                          "error": ((output - truth).norm() / truth.norm()).item()}
@@ -138,7 +125,8 @@ def measure(kind: str, args: argparse.Namespace) -> dict:
     for name, (_, *timed) in times.items():  # the first turn warms up
         results[name]["seconds"] = median(timed)
     if "flex" in runs:
-        results["flex"]["mask_seconds"] = median(seconds(lambda: flex(shared)) for _ in range(3))
+        mask = kernels.visible(shared)
+        results["flex"]["mask_seconds"] = median(seconds(lambda: flex(shared, mask)) for _ in range(3))
     return {"pairs": len(pairs), "methods": results}
 
 
@@ -160,19 +148,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--rows", nargs="+", choices=ROWS, default=[*ROWS], help="[short long]")
+    add("--kinds", nargs="+", choices=KINDS, default=[*KINDS], help="of pairs [short long]")
     add("--heads", default="28,4,128" if CUDA else "4,2,64", help="of queries, of keys, size [%(default)s]")
-    add("--tokens", type=int, default=4096 if CUDA else 1024, help="in a row [%(default)s]")
+    add("--tokens", type=int, default=4096 if CUDA else 1024, help="in a batch [%(default)s]")
     add("--dtype", choices=DTYPES, default="bf16" if CUDA else "fp32", help="[%(default)s]")
     add("--repeats", type=int, default=21 if CUDA else 5, help="timed turns [%(default)s]")
     add("--out", help="JSON [bench/results/attention-DEVICE.json]")
     args = parser.parse_args()
     args.heads = tuple(map(int, args.heads.split(",")))
 
-    report = announced_environment() | {"arguments": vars(args), "rows": {}}
-    for kind in args.rows:
-        report["rows"][kind] = measure(kind, args)
-        print(*table(kind, report["rows"][kind]), sep="\n", flush=True)
+    report = announced_environment() | {"arguments": vars(args), "kinds": {}}
+    for kind in args.kinds:
+        report["kinds"][kind] = measure(kind, args)
+        print(*table(kind, report["kinds"][kind]), sep="\n", flush=True)
     write(args.out or f"{HERE}/results/attention-{report['place']}.json", report)
 
 

@@ -4,7 +4,7 @@
     python bench/plan.py --model Qwen/Qwen2-72B-Instruct --gpus 8
     python bench/plan.py --model FOLDER --gpus 16 --gpus-per-node 8 --data pairs.jsonl --max-length 2048
     python bench/plan.py --model config.json --offload moments --trace   # the trainer itself, on fake tensors
-    python bench/plan.py --table                           # README's table of the paper's large models
+    python bench/plan.py --table                           # the paper's large models, as in bench/README.md
     python bench/plan.py --measure                         # predictions and real runs, on this CPU
 
 It takes the trainer's flags, and needs neither a GPU nor weights: a config.json is enough, and of the models
@@ -25,7 +25,7 @@ reduce-scatter until the next begins. In a step's first micro-batch gradients co
 all are there. A tied embedding is gathered all the time, and so is its gradient. "kept" is each layer's
 input, or without activation checkpointing all that its backward needs; "layer" is what a layer holds in its
 backward, recomputed activations and gradients. Both depend on the architecture: a layer is run on fake
-tensors, with the fullest row of the run, and its live tensors are counted.
+tensors, with the fullest batch of the run, and its live tensors are counted.
 
 Nobody counts CUDA's context and NCCL's buffers (CONTEXT), holes between allocations and what kernels take for
 themselves (MARGIN). GB are 10^9 bytes, of which an "80 GB" card has 85.
@@ -37,7 +37,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -47,22 +46,21 @@ import torch
 import torch.distributed as dist
 import transformers
 from common import ROOT, SHAPES, qwen2
+from memory import LiveBytes
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributed.tensor import DTensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
-import attention
 import data
-import files
 import kernels
-import models
 import stepdpo
-import storage
-from files import InputError
-from offload import OFFLOADS
+from data import Pair
+from runtime import architectures, offload, startup, weights
+from runtime.commands import run_command
+from runtime.flags import OFFLOADS, POSITIVE_INT, TEXT, Parser, checked, expand
+from runtime.messages import InputError
+from runtime.rows import read_pairs
+from runtime.templates import read_tokenizer
 
 MODELS = {  # their config.json, as far as sizes depend on it
     "Qwen/Qwen2-7B-Instruct": {"model_type": "qwen2", **SHAPES["qwen2-7b"]},
@@ -83,100 +81,31 @@ UTILISATION = 0.4  # of PEAK_FLOPS
 HOST_PROCESS = 4e9  # host memory of a rank beside its tensors: Python, torch, CUDA
 
 
-# -------------------------------------------------------------------------------------------- counting memory
-
-
-class Live(TorchDispatchMode):
-    """Counts the bytes of storages made while it is on, `now` and at most (`peak`); real ones, or fake."""
-
-    def __init__(self, fake: bool = False):
-        super().__init__()
-        self.fake = fake
-        self.now, self.peak = Counter(), Counter()  # by place: "gpu", and "host" for what was moved there
-        self.storages: dict[int, list] = {}  # address -> [place, bytes]
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # it calls us again with the local tensors
-        result = func(*args, **(kwargs or {}))
-        for tensor in pytree.tree_leaves(result):
-            # DTensor asks about shapes by fake tensors, in real runs too.
-            if isinstance(tensor, Tensor) and isinstance(tensor, FakeTensor) == self.fake:
-                self._see(tensor.untyped_storage())
-        return result
-
-    def _see(self, stored: torch.UntypedStorage) -> None:
-        key = stored._cdata
-        if key not in self.storages:
-            self.storages[key] = ["gpu", 0]
-            weakref.finalize(stored, self._forget, key)
-            self._set(key, stored.nbytes())
-
-    def _set(self, key: int, size: int) -> None:
-        if key in self.storages:
-            place, before = self.storages[key]
-            self.storages[key][1] = size
-            self.now[place] += size - before
-            self.peak[place] = max(self.peak[place], self.now[place])
-
-    def _forget(self, key: int) -> None:
-        self._set(key, 0)
-        del self.storages[key]
-
-    def move(self, tensor: Tensor) -> None:
-        """From now on count it as in host memory."""
-        key = tensor.untyped_storage()._cdata
-        size = self.storages[key][1]
-        self._set(key, 0)
-        self.storages[key][0] = "host"
-        self._set(key, size)
-
-    def start_again(self) -> None:
-        self.peak = Counter(self.now)
-
-    def __enter__(self):
-        resize = torch.UntypedStorage.resize_
-
-        def resize_and_count(stored, size):  # FSDP frees gathered parameters so, which is no operator
-            resize(stored, size)
-            self._set(stored._cdata, size)
-
-        self._patch = mock.patch.object(torch.UntypedStorage, "resize_", resize_and_count)
-        self._patch.start()
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        self._patch.stop()
+# ----------------------------------------------------------------------------------------------- fake tensors
 
 
 @contextlib.contextmanager
-def fake_tensors(cuda: bool) -> Iterator[Live]:
-    """Tensors without memory, whose sizes are counted. They are on "cpu"; with `cuda` the code takes the ways
-    that it takes on CUDA all the same, as torch's CPU builds have no fake CUDA tensors."""
-    def flash(module, query, key, value, mask=None, *, scaling=None, sliding_window=None, **others):
-        attention.current_row.calls += 1
-        index = attention.current_row.segments.key_index
-        key, value = key.index_select(2, index), value.index_select(2, index)
-        return attention.flash_attention(query, key, value, scaling, sliding_window), None
+def fake_tensors(cuda: bool) -> Iterator[LiveBytes]:
+    """Tensors without memory, whose sizes are counted.
+
+    They are on "cpu", as torch's CPU builds have no fake CUDA tensors. With `cuda` they say that they are on
+    a GPU, so that our kernels and attention take the ways that they take there.
+    """
+    class NoKernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: None
 
     patches = [(Tensor, "item", lambda self: 1.0), (Tensor, "tolist", lambda self: [1.0] * self.numel()),
                (torch.cuda, "is_available", lambda: False),
-               # No decomposition of it, which would copy; and no search for targets, whose number is unknown.
-               (torch, "_fused_adamw_", lambda *args, **options: None),
-               (kernels, "_targets_within", lambda tile, targets, start: (targets[:0], targets[:0]))]
+               (torch, "_fused_adamw_", lambda *args, **options: None)]  # torch would decompose it, and copy
     if cuda:
-        patches += [(kernels, "BLOCK_CPU", kernels.BLOCK), (kernels, "_operand", lambda x: x),
-                    (kernels, "_fold", lambda *args: None),
-                    (kernels, "_dtile", lambda tile, *args: torch.empty_like(tile, dtype=args[-1]))]
+        patches += [(Tensor, "is_cuda", True),
+                    (kernels, "_fold_kernel", NoKernel()), (kernels, "_dtile_kernel", NoKernel())]
     with contextlib.ExitStack() as stack:
         for thing, name, replacement in patches:
             stack.enter_context(mock.patch.object(thing, name, replacement))
-        if cuda:
-            transformers.AttentionInterface.register("segments", flash)
-            stack.callback(transformers.AttentionInterface.register, "segments", attention.segment_attention)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        yield stack.enter_context(Live(fake=True))
+        yield stack.enter_context(LiveBytes(fake=True))
 
 
 # ------------------------------------------------------------------------------------------------ the formula
@@ -207,83 +136,86 @@ def read_config(name: str) -> transformers.PretrainedConfig:
             f"give a folder, a config.json, a hub name, or one of {', '.join(MODELS)}") from None
 
 
-def make(hf_config: transformers.PretrainedConfig, dtype: torch.dtype) -> tuple[nn.Module, nn.ModuleList]:
-    """The model and its decoder layers, of fake tensors or on the meta device.
+def make(hf_config: transformers.PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+    """The model, of fake tensors or on the meta device.
 
-    Raises InputError for a model that the trainer would refuse.
+    Raises InputError for one that the trainer refuses.
     """
-    try:
-        model = transformers.AutoModelForCausalLM.from_config(
-            hf_config, dtype=dtype, attn_implementation="segments", trust_remote_code=False)
-    except Exception as error:  # whatever a configuration leads to
-        files.refuse_model(hf_config.model_type, f"transformers cannot build it with the trainer's attention "
-                                                 f"({type(error).__name__}: {str(error)[:200]})")
-    models.refuse_unsupported(model)
-    lists = [module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList)]
-    return model.eval(), max(lists, key=len)
+    model = architectures.model_of(hf_config, hf_config.name_or_path or "its configuration", dtype)
+    architectures.refuse_unsupported(model)
+    return model.eval()
 
 
 def shape_of(hf_config: transformers.PretrainedConfig) -> Shape:
     with torch.device("meta"):
-        model, layers = make(hf_config, torch.float32)
+        model = make(hf_config, torch.float32)
     config = hf_config.get_text_config()
     count = sum(parameter.numel() for parameter in model.parameters())
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     end, tied = embedding.numel(), embedding is head
-    # All experts of a layer are in one tensor (experts, rows, columns), and a token meets some of them.
-    experts = sum(parameter.numel() for parameter in layers.parameters() if parameter.dim() == 3)
-    of = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 1
-    idle = experts - experts * (getattr(config, "num_experts_per_tok", None) or 1) // of
+    layers = architectures.decoder_layers(model)
     sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Shape(count, count - end * (1 if tied else 2) - idle, end, max(sizes), len(layers), tied,
-                 config.hidden_size, config.num_attention_heads * head_size)
+    return Shape(count, count - end * (1 if tied else 2) - idle_in(layers, config), end, max(sizes),
+                 len(layers), tied, config.hidden_size, config.num_attention_heads * head_size)
 
 
-def count_layer(hf_config: transformers.PretrainedConfig, row: list[data.Pair], config: stepdpo.Config,
+def idle_in(layers: list[nn.Module], config: transformers.PretrainedConfig) -> int:
+    """Parameters that a token does not meet: of a mixture's experts it chooses some."""
+    experts = 0
+    for layer in layers:
+        for parameter in layer.parameters():
+            # All experts of a layer are in one tensor (experts, rows, columns).
+            experts += parameter.numel() if parameter.dim() == 3 else 0
+    all_of_them = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 1
+    chosen = getattr(config, "num_experts_per_tok", None) or 1
+    return experts - experts * chosen // all_of_them
+
+
+def count_layer(hf_config: transformers.PretrainedConfig, pairs: list[Pair], config: stepdpo.Config,
                 cuda: bool) -> tuple[int, int]:
     """(bytes that one layer keeps from its forward, most bytes in its backward, those and its weights'
-    gradients included), for a row of pairs. The layer's output belongs to what comes after it."""
+    gradients included), for a batch of pairs. The layer's output belongs to what comes after it."""
     calls = []
     with fake_tensors(cuda) as live:
-        model, layers = make(hf_config, getattr(torch, config.dtype))
-        del layers[1:]
-        batch = data.pack(row, config.share_prefix)
-        attention.current_row.name, attention.current_row.segments = type(model).__name__, batch.segments
-        layers[0].register_forward_pre_hook(lambda *call: calls.append(call[1:]), with_kwargs=True)
-        with torch.no_grad():
-            model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
-        (hidden, *others), options = calls.pop()
-        hidden = torch.empty_like(hidden, requires_grad=True)
+        model = make(hf_config, getattr(torch, config.dtype))
+        layer = architectures.decoder_layers(model)[0]
+        batch = data.pack(pairs, config.share_prefix)
+        layer.register_forward_pre_hook(lambda *call: calls.append(call[1:]), with_kwargs=True)
+        with architectures.attending_to(type(model).__name__, batch.segments):
+            with torch.no_grad():
+                model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+            (hidden, *others), options = calls.pop()
+            hidden = torch.empty_like(hidden, requires_grad=True)
 
-        before = live.now["gpu"]
-        output = layers[0](hidden.clone(), *others, **options)
-        output = output[0] if isinstance(output, tuple) else output
-        before += output.nbytes
-        calls.clear()
-        kept = live.now["gpu"] - before
-        live.start_again()
-        output.backward(torch.empty_like(output))
-        return kept, live.peak["gpu"] - before
+            before = live.now["device"]
+            output = layer(hidden.clone(), *others, **options)
+            output = output[0] if isinstance(output, tuple) else output
+            before += output.nbytes
+            calls.clear()
+            kept = live.now["device"] - before
+            live.start_again()
+            output.backward(torch.empty_like(output))
+            return kept, live.peak["device"] - before
 
 
 class Work(NamedTuple):
     """What a run does."""
 
     steps: int         # optimizer steps
-    tokens: int        # in all of an epoch's rows
+    tokens: int        # of an epoch, in all its batches
     trained: int       # of them those that the head meets
     scores: int        # query-key pairs of an epoch
     micro_batches: int  # per optimizer step, the most
-    rows: list         # the fullest row of pairs in a first micro-batch, and if there are any in a later one
+    batches: list[list[Pair]]  # the fullest of the first micro-batches, and of later ones if there are any
 
 
-def work_of(pairs: Sequence[data.Pair], ranks: int, config: stepdpo.Config) -> Work:
-    """Tokens of an epoch, and the fullest rows of all its optimizer steps."""
+def work_of(pairs: Sequence[Pair], ranks: int, config: stepdpo.Config) -> Work:
+    """Tokens of an epoch, and the fullest batches of all its optimizer steps."""
     share = config.share_prefix
     per_epoch = data.steps_per_epoch(len(pairs), config.batch_size)
     steps = min(config.epochs * per_epoch, config.max_steps or config.epochs * per_epoch)
-    rows, micro_batches = [[], []], 0
+    batches, micro_batches = [[], []], 0
     # Without --data all pairs are equal, and so are all steps.
     for step in range(min(steps, per_epoch) if len({id(pair) for pair in pairs}) > 1 else 1):
         chosen = [pairs[i] for i in data.indices_of_step(step, len(pairs), config.batch_size, config.seed)]
@@ -291,20 +223,22 @@ def work_of(pairs: Sequence[data.Pair], ranks: int, config: stepdpo.Config) -> W
         micro_batches = max(micro_batches, len(plan))
         for number, of_ranks in enumerate(plan):
             for own in of_ranks:
-                row = [chosen[i] for i in own]
-                rows[number > 0] = max(rows[number > 0], row, key=lambda row: tokens_in(row, config))
+                batch = [chosen[i] for i in own]
+                which = 0 if number == 0 else 1
+                if tokens_in(batch, config) > tokens_in(batches[which], config):
+                    batches[which] = batch
     scores = 0
     for pair in pairs:
         prefix = len(pair.prefix)
         scores += prefix**2 // 2 * (1 if share else 2)
-        scores += sum(prefix * len(step) + len(step)**2 // 2 for step in (pair.chosen, pair.rejected))
+        scores += sum(prefix * len(span) + len(span)**2 // 2 for span in (pair.chosen, pair.rejected))
     return Work(steps, sum(pair.tokens(share) for pair in pairs),
                 sum(len(pair.chosen) + len(pair.rejected) for pair in pairs), scores, micro_batches,
-                [row for row in rows if row])
+                [batch for batch in batches if batch])
 
 
-def tokens_in(row: list[data.Pair], config: stepdpo.Config) -> int:
-    return sum(pair.tokens(config.share_prefix) for pair in row)
+def tokens_in(batch: list[Pair], config: stepdpo.Config) -> int:
+    return sum(pair.tokens(config.share_prefix) for pair in batch)
 
 
 def states_of(count: float, offload: str | None) -> tuple[dict[str, float], dict[str, float]]:
@@ -317,8 +251,8 @@ def states_of(count: float, offload: str | None) -> tuple[dict[str, float], dict
 
 def predict(
     shape: Shape,
-    layer: tuple[int, int],  # as `count_layer` counts it for the row
-    pairs: list[data.Pair],  # of the row of a micro-batch
+    layer: tuple[int, int],  # as `count_layer` counts it for these pairs
+    pairs: list[Pair],       # of a micro-batch
     is_first: bool,          # micro-batch of its optimizer step: then its gradients come one by one
     ranks: int,
     config: stepdpo.Config,
@@ -329,14 +263,14 @@ def predict(
     b = getattr(torch, config.dtype).itemsize
     N, E, P = shape.all, shape.end, shape.layer
     kept_of_layer, in_backward = layer
-    row = tokens_in(pairs, config)  # L
+    length = tokens_in(pairs, config)  # L
     trained = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)  # T
     ahead = b if s > 1 else 0  # a rank alone gathers nothing ahead: it copies a group when that runs
 
     on_gpu, on_host = states_of(N / s, config.offload)
-    one = row * shape.hidden * b if config.activation_checkpointing else kept_of_layer
+    one = length * shape.hidden * b if config.activation_checkpointing else kept_of_layer
     recomputed = in_backward - (0 if config.activation_checkpointing else kept_of_layer)
-    end = row * shape.hidden * (4 + b)  # the last norm keeps its input in fp32, and what it makes of it
+    end = length * shape.hidden * (4 + b)  # the last norm keeps its input in fp32, and what it makes of it
     kept = {"kept for backward": shape.layers * one + end}
     width = min(kernels.BLOCK if cuda else kernels.BLOCK_CPU, E // shape.hidden)
     tiles = {"tiles of the loss": trained * (width * (4 + (b if cuda else 0)) + 2 * 4 * shape.hidden)}
@@ -388,13 +322,10 @@ def predict(
 # -------------------------------------------------------------------------------------------------- the trace
 
 
-def train_steps(policy: nn.Module, pairs: Sequence[data.Pair], config: stepdpo.Config, live: Live,
+def train_steps(policy: nn.Module, pairs: Sequence[Pair], config: stepdpo.Config, live: LiveBytes,
                 steps: int) -> None:
-    """The optimizer steps of stepdpo.train, with what they hold in host memory counted there."""
-    AdamW = stepdpo.HostAdamW if config.offload else torch.optim.AdamW
-    optimizer = AdamW(policy.parameters(), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
-    if config.offload == "gradients":
-        optimizer.take_gradients()
+    """Optimizer steps of the trainer, with what they hold in host memory counted there."""
+    optimizer = offload.make_adamw(policy.parameters(), config.offload)
     for parameter in policy.parameters():
         for name in ("exp_avg", "exp_avg_sq") if config.offload else ():
             live.move(optimizer.state[parameter][name])
@@ -410,16 +341,18 @@ def train_steps(policy: nn.Module, pairs: Sequence[data.Pair], config: stepdpo.C
         stepdpo.train_step(step, policy, optimizer, pairs, indices, reference, config)
 
 
-def trace(hf_config: transformers.PretrainedConfig, pairs: Sequence[data.Pair], ranks: int,
-          config: stepdpo.Config, cuda: bool = True) -> Counter:
-    """The most bytes in each place, "gpu" and "host", of rank 0 in its second optimizer step: the trainer's
-    own code, on fake tensors and a process group that sends nothing."""
+def trace(hf_config: transformers.PretrainedConfig, pairs: Sequence[Pair], ranks: int,
+          config: stepdpo.Config) -> Counter:
+    """The most bytes in each place, "device" and "host", of rank 0 in its second optimizer step.
+
+    It is the trainer's own code, on fake tensors and a process group that sends nothing.
+    """
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
-        mesh = stepdpo.mesh_of_ranks(config.shard_size)
-        with tempfile.TemporaryDirectory() as folder, fake_tensors(cuda) as live, \
-                mock.patch.object(stepdpo, "mesh_of_ranks", lambda size: mesh), \
-                mock.patch.object(storage, "load", lambda policy, folder: None):
+        mesh = startup.mesh_of_ranks(config.shard_size)  # a real one, made before tensors are fake
+        with tempfile.TemporaryDirectory() as folder, fake_tensors(cuda=True) as live, \
+                mock.patch.object(startup, "mesh_of_ranks", lambda size: mesh), \
+                mock.patch.object(weights, "load", lambda policy, folder: None):
             hf_config.save_pretrained(folder)
             train_steps(stepdpo.build(folder, config), pairs, config, live, steps=2)
             return live.peak
@@ -454,7 +387,7 @@ class Plan(NamedTuple):
 class Planner:
     """A model, pairs and ranks, for which plans with other flags are made; what they have in common, once."""
 
-    def __init__(self, hf_config: transformers.PretrainedConfig, pairs: Sequence[data.Pair], ranks: int,
+    def __init__(self, hf_config: transformers.PretrainedConfig, pairs: Sequence[Pair], ranks: int,
                  cuda: bool = True):
         self.hf_config, self.pairs, self.ranks, self.cuda = hf_config, pairs, ranks, cuda
         self.shape = shape_of(hf_config)
@@ -463,16 +396,15 @@ class Planner:
     def plan(self, config: stepdpo.Config) -> Plan:
         if self.ranks % (config.shard_size or 1):
             raise InputError(f"--shard-size {config.shard_size}: must divide --gpus {self.ranks}")
-        device = torch.device("cuda" if self.cuda else "cpu")
-        with mock.patch.object(stepdpo, "local_device", lambda: device):
-            config = stepdpo.fill_budget(config, self.pairs)
+        config = startup.with_budget(config, self.pairs, self.cuda)
         work = work_of(self.pairs, self.ranks, config)
         plans = []
-        for number, row in enumerate(work.rows):
-            key = (config.dtype, config.share_prefix, *(len(part) for pair in row for part in pair[:3]))
+        for number, batch in enumerate(work.batches):
+            lengths = [len(part) for pair in batch for part in pair[:3]]
+            key = (config.dtype, config.share_prefix, *lengths)
             if key not in self.layers:
-                self.layers[key] = count_layer(self.hf_config, row, config, self.cuda)
-            moments = predict(self.shape, self.layers[key], row, number == 0, self.ranks, config, self.cuda)
+                self.layers[key] = count_layer(self.hf_config, batch, config, self.cuda)
+            moments = predict(self.shape, self.layers[key], batch, number == 0, self.ranks, config, self.cuda)
             plans.append(Plan(config, work, moments, sum(moments.pop("host").values())))
         return max(plans, key=lambda plan: plan.bytes)
 
@@ -506,13 +438,13 @@ def parse(argv: Sequence[str]) -> stepdpo.Config:
     return stepdpo.parse([*needed, "--dtype", "bfloat16", "--activation-checkpointing", *argv])
 
 
-def pairs_of(config: stepdpo.Config) -> list[data.Pair]:
+def pairs_of(config: stepdpo.Config) -> list[Pair]:
     """The pairs of --data; without it as many as the paper has, all of one length."""
     if config.data != ["-"]:
         with contextlib.redirect_stdout(None):
-            return stepdpo.read_pairs(data.read_tokenizer(config.model), config)[0]
+            return read_pairs(read_tokenizer(config.model), config)[0]
     step = [0] * PAPER["step"]
-    return [data.Pair([0] * PAPER["prefix"], step, step, "an average pair")] * PAPER["pairs"]
+    return [Pair([0] * PAPER["prefix"], step, step, "an average pair")] * PAPER["pairs"]
 
 
 def seconds_of(planner: Planner, plan: Plan, utilisation: float) -> tuple[float, float, float]:
@@ -545,13 +477,14 @@ def report(planner: Planner, argv: Sequence[str], per_node: int, utilisation: fl
     config, work, shape = plan.config, plan.work, planner.shape
     assumed = "" if config.data != ["-"] else (
         f" (assumed, as there is no --data: {PAPER['prefix']} + 2 x {PAPER['step']} tokens)")
-    row = max(tokens_in(row, config) for row in work.rows)
+    fullest = max(tokens_in(batch, config) for batch in work.batches)
     flops, step, run = seconds_of(planner, plan, utilisation)
 
     print(f"model       {config.model}: {shape.all / 1e6:,.1f}M parameters in {shape.layers} layers, a "
           f"token meets {(shape.active + shape.end) / 1e6:,.1f}M")
     print(f"run         {planner.ranks} GPUs, {work.steps} optimizer steps of {config.batch_size} pairs, "
-          f"{work.tokens / len(planner.pairs):.0f} tokens each{assumed}, in micro-batches of at most {row:,}")
+          f"{work.tokens / len(planner.pairs):.0f} tokens each{assumed}, in micro-batches of at most "
+          f"{fullest:,}")
     print(f"one GPU     {plan.bytes / 1e9:.2f} GB at most, {plan.peak}:")
     for name, size in sorted(plan.moments[plan.peak].items(), key=lambda item: -item[1]):
         if size:
@@ -568,12 +501,13 @@ def report(planner: Planner, argv: Sequence[str], per_node: int, utilisation: fl
         print(f"{card:12}{'fits' if plan.fits(card) else 'does not fit'}; best: {words}")
     if traced:
         peak = trace(planner.hf_config, planner.pairs, planner.ranks, config)
-        print(f"traced      {peak['gpu'] / 1e9:.2f} GB on a GPU, from which the formula is "
-              f"{plan.bytes / peak['gpu'] - 1:+.1%} off; {peak['host'] / 1e9:.2f} GB in a rank's host memory")
+        off = plan.bytes / peak["device"] - 1
+        print(f"traced      {peak['device'] / 1e9:.2f} GB on a GPU, from which the formula is {off:+.1%} "
+              f"off; {peak['host'] / 1e9:.2f} GB in a rank's host memory")
 
 
 def table() -> str:
-    """README's rows: the paper's large models on one node of eight GPUs."""
+    """The paper's large models on one node of eight GPUs, as a table in Markdown."""
     lines = ["| model | cards | flags | GB per GPU | GB per host | hours |", "|---|---|---|---|---|---|"]
     for name in MODELS:
         argv = ["--model", name]
@@ -603,7 +537,7 @@ SETTINGS = ("", "--activation-checkpointing --offload moments",
 
 def run_counted(argv: Sequence[str]) -> None:
     """The trainer with these flags, to its end. Prints the most bytes of tensors in an optimizer step."""
-    live, peaks, train_step = Live(), [], stepdpo.train_step
+    live, peaks, train_step = LiveBytes(), [], stepdpo.train_step
 
     def counted_step(*args):
         live.start_again()
@@ -612,7 +546,7 @@ def run_counted(argv: Sequence[str]) -> None:
         return metrics
 
     with mock.patch.object(stepdpo, "train_step", counted_step), live, \
-            mock.patch.object(storage, "export", lambda *args: None):
+            mock.patch.object(weights, "export", lambda *args: None):
         stepdpo.train(stepdpo.parse(argv))
     print(max(peaks))
 
@@ -624,7 +558,7 @@ def measure() -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as out:
             hf_config = transformers.AutoConfig.for_model(**options)
             transformers.AutoModelForCausalLM.from_config(hf_config).save_pretrained(folder)
-            data.read_tokenizer(f"{ROOT}/demo/model").save_pretrained(folder)
+            read_tokenizer(f"{ROOT}/demo/model").save_pretrained(folder)
             with open(f"{ROOT}/demo/pairs.jsonl") as file, open(f"{out}/pairs.jsonl", "w") as some:
                 some.writelines(itertools.islice(file, 16))
 
@@ -658,17 +592,17 @@ def measured_bytes(argv: Sequence[str], cache: str) -> int:
 def main() -> None:
     if sys.argv[1:2] == ["--counted"]:  # a child of `measure`
         return run_counted(sys.argv[2:])
-    share = files.checked(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
-    parser = files.Parser("bench/plan.py", description=__doc__, epilog="All other flags are the trainer's.")
+    share = checked(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
+    parser = Parser("bench/plan.py", description=__doc__, epilog="All other flags are the trainer's.")
     add = parser.add_argument
-    add("--model", type=files.TEXT, help="a folder, a config.json or a hub name")
-    add("--gpus", type=files.POSITIVE_INT, default=8, help="of all nodes together [8]")
-    add("--gpus-per-node", type=files.POSITIVE_INT, help="[8, or all if there are fewer]")
+    add("--model", type=TEXT, help="a folder, a config.json or a hub name")
+    add("--gpus", type=POSITIVE_INT, default=8, help="of all nodes together [8]")
+    add("--gpus-per-node", type=POSITIVE_INT, help="[8, or all if there are fewer]")
     add("--utilisation", type=share, default=UTILISATION, help=f"share of a GPU's peak [{UTILISATION}]")
     add("--trace", action="store_true", help="let the trainer's own code run on fake tensors too")
-    add("--table", action="store_true", help="print README's table instead")
+    add("--table", action="store_true", help="print the table in bench/README.md instead")
     add("--measure", action="store_true", help="compare with real runs on this CPU instead")
-    args, others = parser.parse_known_args(files.expand(sys.argv[1:]))
+    args, others = parser.parse_known_args(expand(sys.argv[1:]))
     if args.table:
         return print(table())
     if args.measure:
@@ -685,4 +619,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    files.run_command("bench/plan.py", main)
+    run_command("bench/plan.py", main)

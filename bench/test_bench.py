@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import data
 from conftest import ENVIRONMENT, HERE, make_rows, write_jsonl
+from data import encode
+from runtime.rows import read_rows
 
 
 def bench(script: str, out: Path, *flags: str) -> tuple[dict, str]:
@@ -73,5 +74,5 @@ def test_corrupted_pairs_are_pairs_that_can_be_trained_on(tokenizer, tmp_path):
     subprocess.run([sys.executable, "bench/corrupted_pairs.py", problems, str(tmp_path / "out.jsonl"),
                     "--rows=7", "--eval-rows=3"], cwd=HERE, check=True, env=ENVIRONMENT)
     for name, count in (("out", 7), ("out.eval", 3)):
-        rows = data.read_rows(str(tmp_path / f"{name}.jsonl"))
-        assert len(data.encode(rows, tokenizer, "chat", None, "step", 1024)[0]) == count
+        rows = read_rows(str(tmp_path / f"{name}.jsonl"))
+        assert len(encode(rows, tokenizer, "chat", None, "step")) == count

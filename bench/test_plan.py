@@ -1,4 +1,4 @@
-"""What bench/plan.py promises: its formula is what the trainer allocates, and README has its table."""
+"""What bench/plan.py promises: its formula is what the trainer allocates, and its table is README's."""
 
 import sys
 
@@ -8,13 +8,17 @@ import torch.distributed as dist
 import transformers
 
 from conftest import HERE
+from data import Pair
+from runtime.commands import run_command
+from runtime.messages import InputError
 
 sys.path.insert(0, str(HERE / "bench"))
 import plan  # noqa: E402
+from memory import LiveBytes  # noqa: E402
 
 SMALL = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, vocab_size=9000, max_position_embeddings=2048)
-PAIRS = [plan.data.Pair([1] * 200, [1] * 50, [1] * 50, "")] * 64
+PAIRS = [Pair([1] * 200, [1] * 50, [1] * 50, "")] * 64
 
 
 @pytest.mark.parametrize("tied, flags", [
@@ -31,7 +35,7 @@ def test_the_formula_is_what_the_trainer_allocates(tied, flags):
     hf_config = transformers.Qwen2Config(**SMALL, tie_word_embeddings=tied)
     predicted = plan.Planner(hf_config, PAIRS, 4).plan(plan.parse(["--batch-size", "16", *flags.split()]))
     traced = plan.trace(hf_config, PAIRS, 4, predicted.config)
-    assert predicted.bytes == pytest.approx(traced["gpu"], rel=0.05)
+    assert predicted.bytes == pytest.approx(traced["device"], rel=0.05)
     assert predicted.host == pytest.approx(traced["host"], rel=0.01)
 
 
@@ -44,7 +48,7 @@ def test_a_mixtures_idle_experts_take_memory_but_no_time():
 
 
 def test_live_counts_storages_once_and_only_while_they_live():
-    with plan.Live() as live:
+    with LiveBytes() as live:
         a = torch.zeros(1000)
         b = a[10:]
         live.move(b)
@@ -52,14 +56,14 @@ def test_live_counts_storages_once_and_only_while_they_live():
         c.untyped_storage().resize_(0)
         c.untyped_storage().resize_(400)
         del a
-        assert live.now == {"gpu": 400, "host": 4000} and live.peak == {"gpu": 4000, "host": 4000}
+        assert live.now == {"device": 400, "host": 4000} and live.peak == {"device": 4000, "host": 4000}
         del b, c
     assert not any(live.now.values())
 
 
 def test_readme_has_the_table_and_it_says_what_it_has_always_said():
     text = plan.table()
-    assert text in (HERE / "README.md").read_text()
+    assert text in (HERE / "bench/README.md").read_text()
     for row in ("Llama-3-70B-Instruct | 8 x 80 GB | `--offload gradients` |",
                 "Llama-3-70B-Instruct | 8 x 141 GB | `--offload moments` |",
                 "Qwen2-72B-Instruct | 8 x 80 GB | `--offload gradients` |",
@@ -88,7 +92,7 @@ def test_real_pairs_give_real_lengths(capsys, monkeypatch):
 
 def test_what_cannot_be_trained_is_not_planned(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bloom"}')
-    with pytest.raises(plan.InputError, match="BloomForCausalLM is not supported"):
+    with pytest.raises(InputError, match="BloomForCausalLM is not supported"):
         plan.Planner(plan.read_config(str(tmp_path)), PAIRS, 8)
 
 
@@ -104,6 +108,6 @@ def test_what_cannot_be_trained_is_not_planned(tmp_path):
 def test_bad_flags_are_one_line_that_names_them(flags, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench/plan.py", *flags.split()])
     with pytest.raises(SystemExit) as ended:
-        plan.files.run_command("bench/plan.py", plan.main)
+        run_command("bench/plan.py", plan.main)
     assert ended.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]

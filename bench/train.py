@@ -91,7 +91,9 @@ def run_ours(spec: dict) -> dict:
             yield indices, batch
 
     stepdpo.micro_batches = counting
-    getattr(stepdpo, "storage", stepdpo).export = lambda *_: None  # not a part of any step
+    # Not a part of any step. An older checkout has it in another place.
+    home = stepdpo.weights if hasattr(stepdpo, "weights") else stepdpo.storage
+    home.export = lambda *_: None
     out = os.path.join(spec["folder"], "out")
     stepdpo.train(stepdpo.parse(["--model", spec["model"], "--data", spec["data"], "--output-dir", out,
                                  *spec["common"], *spec["flags"]]))
@@ -103,8 +105,8 @@ def run_ours(spec: dict) -> dict:
 
 def run_profile(spec: dict) -> dict:
     """The last step: seconds of work by KINDS, FLOPs of the matrix products, and the rate of a bare one."""
-    import stepdpo
-    log = stepdpo.log
+    from runtime import outputs
+    log = outputs.log
     profiler = torch.profiler.profile(record_shapes=True, with_flops=True)
 
     def log_and_profile(config, line):
@@ -114,7 +116,7 @@ def run_profile(spec: dict) -> dict:
         elif line["step"] == spec["steps"] - 1:
             profiler.stop()
 
-    stepdpo.log = log_and_profile
+    outputs.log = log_and_profile
     record, kinds, flops = run_ours(spec), dict.fromkeys([*KINDS, "the rest"], 0.0), 0
     longest = []  # (seconds, calls, name)
     for event in profiler.key_averages():
@@ -140,15 +142,15 @@ def run_trl(spec: dict) -> dict:
     """DPOTrainer with these options on the same token ids in the same order, at the same learning rates."""
     from datasets import Dataset
     from torch.optim.lr_scheduler import LambdaLR
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
 
     import data
-    import stepdpo  # before transformers' classes: it keeps hub kernels out
-    from transformers import AutoTokenizer, TrainerCallback  # isort: skip
-    from trl import DPOConfig, DPOTrainer  # isort: skip
+    import stepdpo
     config = stepdpo.parse(["--model", spec["model"], "--data", spec["data"], "--output-dir", spec["folder"],
                             *spec["common"]])
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
-    pairs = encode(tokenizer, spec["data"])
+    pairs = read_pairs(tokenizer, spec["data"])
     steps = config.epochs * data.steps_per_epoch(len(pairs), config.batch_size)
     order = [pairs[i] for step in range(steps)
              for i in data.indices_of_step(step, len(pairs), config.batch_size, config.seed)]
@@ -196,8 +198,6 @@ def run_trl(spec: dict) -> dict:
 
 def run_random(spec: dict) -> dict:
     """A folder with random bf16 weights of that shape, and the tokenizer of another model."""
-    from runtime import hub_kernels
-    hub_kernels.keep_out()
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
     torch.manual_seed(0)
     config = Qwen2Config(**SHAPES[spec["shape"]], rope_theta=1e6, max_position_embeddings=32768)
@@ -208,10 +208,12 @@ def run_random(spec: dict) -> dict:
     return {}
 
 
-def encode(tokenizer, path: str) -> list:
-    import data
-    pairs, _ = data.encode(data.read_rows(path), tokenizer, "chat", None, "step", 1024)
-    return pairs
+def read_pairs(tokenizer, path: str) -> list:
+    """The pairs of a file, with the trainer's defaults."""
+    import stepdpo
+    from runtime import rows
+    config = stepdpo.parse(["--model", "-", "--data", path, "--output-dir", "-"])
+    return rows.read_pairs(tokenizer, config)[0]
 
 
 def worker(path: str) -> None:
@@ -290,7 +292,8 @@ def finished_before(path: str, key: dict) -> dict[tuple[int, str], dict]:
     """(round, name) -> run, of this very command and code if it was stopped; else the file starts anew."""
     code = [f"{HERE}/train.py", f"{HERE}/common.py"]
     for checkout in filter(None, (ROOT, key["other"])):
-        code += sorted(glob.glob(f"{glob.escape(checkout)}/*.py"))
+        for place in ("*.py", "runtime/*.py"):
+            code += sorted(glob.glob(f"{glob.escape(checkout)}/{place}"))
     for name in code:
         with open(name, "rb") as file:
             key[name] = hashlib.sha256(file.read()).hexdigest()
@@ -429,14 +432,14 @@ def prepare(args: argparse.Namespace, folder: str) -> tuple[dict, list]:
     """(what all runs have in common, the pairs they train on, which are written into the folder)."""
     from transformers import AutoTokenizer
 
-    import data
+    from runtime.rows import read_rows
     need = args.batch_size * (args.warmup + args.steps)
-    pairs = encode(AutoTokenizer.from_pretrained(args.model), args.data)
+    pairs = read_pairs(AutoTokenizer.from_pretrained(args.model), args.data)
     if len(pairs) < need:
         sys.exit(f"train: {args.data}: {len(pairs)} pairs; --batch-size x (--warmup + --steps) are {need}")
     pairs = pairs[:need]
     wanted = {pair.where for pair in pairs}
-    rows = [row for where, row in data.read_rows(args.data) if where in wanted]
+    rows = [row for where, row in read_rows(args.data) if where in wanted]
     with open(f"{folder}/pairs.jsonl", "w") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
@@ -478,7 +481,7 @@ def main() -> None:
     args = parse()
     from transformers import AutoConfig, Qwen2Config
 
-    import data
+    from runtime.rows import fingerprint
     found = announced_environment()
     name = args.shape or os.path.basename(os.path.normpath(args.model))
     what = "profile" if args.profile else "train"
@@ -501,7 +504,7 @@ def main() -> None:
 
         specs, missing = settings(args)
         kept = finished_before(f"{out}.part", {**vars(args), **found["versions"], "device": found["device"],
-                                               "pairs": data.fingerprint(pairs)})
+                                               "pairs": fingerprint(pairs)})
         if kept:
             print(f"continuing  with {len(kept)} runs of the same command, in {out}.part")
         runs, failed = run_all(specs, kept, common, f"{out}.part", args)

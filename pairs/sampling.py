@@ -15,7 +15,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -71,6 +71,11 @@ class Sample(NamedTuple):
     correct: bool
     cut: bool               # ended by max_new_tokens or for lack of positions, not by the model
     tokens: int             # of the continuation
+
+    @classmethod
+    def of(cls, row: dict) -> "Sample":
+        """The sample that a row of the cache holds, among other fields."""
+        return cls(*[row[name] for name in cls._fields])
 
     @property
     def passes(self) -> bool:
@@ -217,16 +222,19 @@ class Samples:
         A prefix ends in `Step k:`, or is empty. Equal prefixes have equal samples. Collective: the ranks
         share what has to be drawn, and all return all.
         """
-        wanted, missing = [], {}
+        wanted = []  # for each prefix the keys of its samples
+        missing: dict[tuple[Problem, str], list[str]] = {}
         for (problem, prefix), start in zip(prefixes, first or [0] * len(prefixes), strict=True):
             name = problem.key(prefix)
             keys = [f"{name} {n}" for n in range(start, start + count)]
             wanted.append(keys)
-            absent = [key for key in keys if key not in self.cache.rows]
-            missing.setdefault((problem, prefix), {}).update(dict.fromkeys(absent))
+            for key in keys:
+                absent = missing.setdefault((problem, prefix), [])
+                if key not in self.cache.rows and key not in absent:
+                    absent.append(key)
         # Shared out by prefix, so that a prompt is read on one rank only.
-        missing = [(start, list(absent)) for start, absent in missing.items() if absent]
-        own = missing[self.cache.rank::self.cache.ranks]
+        to_draw = [(start, absent) for start, absent in missing.items() if absent]
+        own = to_draw[self.cache.rank::self.cache.ranks]
         if own:
             self._draw_missing(own, label)
         self.cache.share()
@@ -234,10 +242,11 @@ class Samples:
         drawn = []
         for keys in wanted:
             rows = [self.cache.rows[key] for key in keys]
-            drawn.append([Sample(*(row[name] for name in Sample._fields)) for row in rows])
+            drawn.append([Sample.of(row) for row in rows])
         return drawn
 
     def _draw_missing(self, missing: list[tuple[tuple[Problem, str], list[str]]], label: str) -> None:
+        """Draw the samples with these keys of each problem and prefix, into the cache, batch by batch."""
         texts, template = [], self.settings.template
         for (problem, prefix), _ in missing:
             token = control_token_in(problem.prompt, self.control_tokens)
@@ -250,11 +259,12 @@ class Samples:
         where = [f"the problem {problem.prompt[:60]!r}" for (problem, _), _ in missing]
         prompts = tokenize(self.tokenizer, texts, template, where)
 
-        origins, wanted = [], []  # of each sample: where it comes from; its prompt and its name
-        for (start, keys), prompt in zip(missing, prompts, strict=True):
+        wanted = []   # what a sampler takes: the prompt's ids and the sample's name
+        origins = []  # of each of them its key, problem and prefix
+        for ((problem, prefix), keys), prompt in zip(missing, prompts, strict=True):
             for key in keys:
-                origins.append((key, *start))
                 wanted.append((prompt, f"{self.settings.seed} {key}"))
+                origins.append((key, problem, prefix))
 
         right = done = tokens = 0
         began = time.monotonic()
@@ -272,7 +282,7 @@ class Samples:
 
 
 class Continuation(NamedTuple):
-    """Of a prompt, as a sampler draws it."""
+    """What a model has written after a prompt, as a sampler draws it."""
 
     text: str
     tokens: int
@@ -280,6 +290,7 @@ class Continuation(NamedTuple):
 
 
 def graded_row(key: str, problem: Problem, prefix: str, drawn: Continuation) -> dict:
+    """A row of the cache: the continuation with its prefix, and whether its answer is right."""
     solution = prefix + drawn.text
     graded = solution.rpartition("\n")[0] if drawn.cut else solution  # a line that was cut off is no answer
     return {"key": key, "prompt": problem.prompt, "answer": problem.answer, "solution": solution,
@@ -399,7 +410,7 @@ class LocalSampler:
                              f"prompt has {len(ids)}; remove its problem: {begin!r}...")
 
     def _draw_or_none(self, wanted: list[tuple[list[int], str]]) -> list[Continuation] | None:
-        """None if memory runs out."""
+        """The continuations of a batch, or None if memory runs out."""
         try:
             return self._draw(wanted)
         except RuntimeError as error:  # for CPU memory there is no exception of its own
@@ -412,54 +423,62 @@ class LocalSampler:
 
     @torch.inference_mode()
     def _draw(self, wanted: list[tuple[list[int], str]]) -> list[Continuation]:
-        prompts = {prompt: row for row, prompt in enumerate(dict.fromkeys(tuple(ids) for ids, _ in wanted))}
-        mask, logits, kv_cache = self._read_prompts(list(prompts))
-        rows = torch.tensor([prompts[tuple(ids)] for ids, _ in wanted], device=self.device)
-        kv_cache.batch_select_indices(rows)  # from one row a prompt to one row a sample
-        mask, logits = mask[rows], logits[rows]
+        """The continuations of one batch."""
+        prompts = [tuple(ids) for ids, _ in wanted]
+        different = list(dict.fromkeys(prompts))  # equal prompts are read once
+        place = {prompt: i for i, prompt in enumerate(different)}
+        of_sample = torch.tensor([place[prompt] for prompt in prompts], device=self.device)
+        mask, logits, kv_cache = self._read_prompts(different)
+        kv_cache.batch_select_indices(of_sample)  # from one sequence a prompt to one a sample
+        mask, logits = mask[of_sample], logits[of_sample]
 
         new_tokens: list[list[int]] = [[] for _ in wanted]
         random_numbers = [random.Random(name) for _, name in wanted]
-        alive = list(range(len(wanted)))
+        alive = list(range(len(wanted)))  # the samples that have not ended: what is in the batch
         while True:
             token = self._choose(logits, [random_numbers[i].random() for i in alive])
             for i, chosen in zip(alive, token.tolist(), strict=True):
                 new_tokens[i].append(chosen)
 
-            stay = [j for j, i in enumerate(alive) if not self._has_ended(wanted[i][0], new_tokens[i])]
+            stay = [j for j, i in enumerate(alive) if not self._has_ended(prompts[i], new_tokens[i])]
             if not stay:
-                return [self._continuation(ids, new)
-                        for (ids, _), new in zip(wanted, new_tokens, strict=True)]
+                break
             if len(stay) < len(alive):  # what has ended costs nothing from here on
                 alive = [alive[j] for j in stay]
                 index = torch.tensor(stay, device=self.device)
                 kv_cache.batch_select_indices(index)
                 mask, token = mask[index], token[index]
+            mask, logits = self._read_token(token, mask, kv_cache)
 
-            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
-            position = mask.sum(1, keepdim=True) - 1
-            logits = self.model(token[:, None], attention_mask=mask, position_ids=position, use_cache=True,
-                                past_key_values=kv_cache).logits[:, -1]
+        return [self._continuation(ids, new) for (ids, _), new in zip(wanted, new_tokens, strict=True)]
 
     def _read_prompts(self, prompts: list[tuple[int, ...]]) -> tuple[Tensor, Tensor, Any]:
         """(attention mask (N, width), next-token logits (N, V), key-value cache) of N left-padded prompts."""
         width = max(len(prompt) for prompt in prompts)
         ids, mask = torch.zeros(2, len(prompts), width, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt):] = torch.tensor(prompt)
-            mask[row, width - len(prompt):] = 1
+        for i, prompt in enumerate(prompts):
+            ids[i, width - len(prompt):] = torch.tensor(prompt)
+            mask[i, width - len(prompt):] = 1
         ids, mask = ids.to(self.device), mask.to(self.device)
 
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         out = self.model(ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
         return mask, out.logits[:, -1], out.past_key_values
 
-    def _has_ended(self, ids: list[int], new: list[int]) -> bool:
+    def _read_token(self, token: Tensor, mask: Tensor, kv_cache: Any) -> tuple[Tensor, Tensor]:
+        """(attention mask, next-token logits) after one more token (N,) of each sequence."""
+        mask = torch.cat([mask, mask.new_ones(len(token), 1)], 1)
+        position = mask.sum(1, keepdim=True) - 1
+        out = self.model(token[:, None], attention_mask=mask, position_ids=position, use_cache=True,
+                         past_key_values=kv_cache)
+        return mask, out.logits[:, -1]
+
+    def _has_ended(self, ids: Sequence[int], new: list[int]) -> bool:
         most = min(self.settings.max_new_tokens, self.limit - len(ids))
         return new[-1] in self.end_tokens or len(new) >= most
 
     def _choose(self, logits: Tensor, numbers: list[float]) -> Tensor:
-        """(N,) tokens of (N, V) logits: the likeliest, or of the top-p nucleus, by a uniform number a row."""
+        """(N,) tokens by (N, V) logits: the likeliest, or by a uniform number each one of the nucleus."""
         top_p = self.settings.top_p
         if not logits.isfinite().all():
             raise InputError(f"{self.settings.model}: its logits are not finite, so nothing can be sampled")
@@ -474,7 +493,7 @@ class LocalSampler:
             if size >= probabilities.shape[1] or before[:, -1].min() >= top_p:
                 break
             size *= 16
-        # One number per row picks the token whose interval of the nucleus' mass it falls into.
+        # A number picks the token whose interval of the nucleus' mass it falls into.
         mass = (best * (before < top_p)).cumsum(-1)
         point = torch.tensor(numbers, device=mass.device)[:, None] * mass[:, -1:]
         drawn = torch.searchsorted(mass, point, right=True).clamp(max=mass.shape[1] - 1)

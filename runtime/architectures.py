@@ -25,21 +25,26 @@ OWN_ATTENTION = "it does not take its attention from transformers' interface"
 
 def empty_model(folder: str) -> nn.Module:
     """The model of a folder's config.json with our attention, on the meta device: without any memory."""
-    register_attention()
     with reading(folder):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if getattr(config, "quantization_config", None):
             raise InputError(f"{folder}: quantized weights cannot be trained (quantization_config in its "
                              "config.json); use the model they were made from")
-        name = (config.architectures or [config.model_type])[0]
+    with torch.device("meta"):
+        return model_of(config, f"{folder}/config.json", torch.float32)
+
+
+def model_of(config: transformers.PretrainedConfig, where: str, dtype: torch.dtype) -> nn.Module:
+    """A new model of a configuration, which is read in `where`, with our attention."""
+    register_attention()
+    name = (config.architectures or [config.model_type])[0]
     try:
-        with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation="segments", trust_remote_code=False)
+        return transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="segments", trust_remote_code=False)
     except Exception as error:  # whatever a configuration leads to
         if error.args == ("segments",):  # it looks its attention class up by that name
             refuse_model(name, OWN_ATTENTION)
-        refuse_model(name, f"transformers cannot build it from {folder}/config.json "
+        refuse_model(name, f"transformers cannot build it from {where} "
                            f"({type(error).__name__}: {' '.join(str(error).split())[:300]})")
 
 

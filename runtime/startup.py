@@ -5,7 +5,7 @@ Whatever cannot be trained exactly is refused here, before hours are spent.
 
 import os
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -109,7 +109,7 @@ def prepare(config: Namespace, default_of: Callable[[str], Any]) -> Run | None:
         print0(f"finished    already: {config.output_dir}/model")
         return None
     outputs.refuse_full_disk(folder, config)
-    config = with_budget(config, pairs + held_out)
+    config = with_budget(config, pairs + held_out, local_device().type == "cuda")
     steps = config.epochs * data.steps_per_epoch(len(pairs), config.batch_size)
     steps = min(steps, config.max_steps or steps)
 
@@ -134,11 +134,11 @@ def refuse_model_that_no_process_holds(folder: str, config: Namespace) -> None:
             f"{config.test_problems} --samples 1 --temperature 0 --out ANSWERS")
 
 
-def with_budget(config: Namespace, pairs: list[Pair]) -> Namespace:
+def with_budget(config: Namespace, pairs: Sequence[Pair], cuda: bool) -> Namespace:
     """The flags, with a default for --tokens-per-micro-batch. Raises InputError if a pair exceeds it."""
     longest = max(pairs, key=lambda pair: pair.tokens(config.share_prefix))
     needed = longest.tokens(config.share_prefix)
-    usual = 8192 if local_device().type == "cuda" else 1024
+    usual = 8192 if cuda else 1024
     if config.offload == "all":
         usual *= 2  # every micro-batch brings all weights up, and all gradients down
     budget = config.tokens_per_micro_batch or max(needed, usual)
