@@ -246,6 +246,13 @@ if CUDA:  # the trainer is tested on the CPU there too, and on the GPU in a chil
 # -------------------------------------------------------------------------------------------------- processes
 
 
+@pytest.fixture
+def no_process_group():
+    """Tests before this one may have left theirs, as the trainer's functions do but for its command."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def launch(flags: list[str], environment: dict = ENVIRONMENT) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "stepdpo.py", *flags], cwd=HERE, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

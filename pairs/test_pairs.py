@@ -25,7 +25,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import CHILDREN, ENVIRONMENT, HERE, TORCHRUN, rows_of, start_ranks, write_jsonl
+from conftest import CHILDREN, ENVIRONMENT, HERE, TORCHRUN, default_flags, rows_of, start_ranks, write_jsonl
 from pairs import __main__ as command_line
 from pairs import sampling, stages
 from pairs import server as client
@@ -954,8 +954,7 @@ def test_pairs_are_rows_that_training_reads_unchanged(built, tokenizer):
         assert pair["full_rejected"].startswith(pair["rejected"])
         assert is_correct(pair["full_chosen"], pair["answer"])
         assert not is_correct(pair["full_rejected"], pair["answer"])
-    flags = argparse.Namespace(template="chat", instruction=None, span="step", max_length=1024)
-    assert len(pairs_of(read_rows(str(path)), "training", tokenizer, flags)) == len(pairs) > 10
+    assert len(pairs_of(read_rows(str(path)), "training", tokenizer, default_flags())) == len(pairs) > 10
     rejected = Counter((pair["prompt"], pair["initial_reason_steps"], stages.simplified(pair["rejected"]))
                        for pair in pairs)
     assert max(rejected.values()) == 1 and max(Counter(pair["prompt"] for pair in pairs).values()) <= 4
@@ -1002,6 +1001,7 @@ def start_children(folder, tokenizer, ranks) -> list:
     return start_ranks(ranks, folder, _build_in_a_child, folder, tokenizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_build_killed_again_and_again_ends_as_one_that_was_not(built, tokenizer, tmp_path, ranks):
     for kills in range(200):
@@ -1434,6 +1434,7 @@ def test_after_ctrl_c_and_after_sigterm_the_same_command_continues(tokenizer, tm
     assert sampler.drawn == 120 - drawn and len({row["key"] for row in samples_in(tmp_path / "out")}) == 120
 
 
+@pytest.mark.slow
 def test_a_mistake_that_only_one_process_meets_is_said_in_one_line_and_ends_all(tiny, tmp_path):
     problems = write_jsonl(tmp_path / "p.jsonl", [dict(prompt="a", answer="7")])
     (tmp_path / "out").mkdir()
@@ -1500,6 +1501,7 @@ def test_flags_take_hyphens_or_underscores_and_files(tmp_path):
     assert (args.samples, args.rectify_samples, args.rollouts, args.certainty) == (2, 20, 4, 0.9)
 
 
+@pytest.mark.slow
 def test_the_command_line_end_to_end(tiny, tmp_path, capsys):
     """A real (random) model in two processes of their own: samples, counts, no pairs; nothing drawn twice."""
     path = write_jsonl(tmp_path / "p.jsonl", [dict(prompt=f"Problem {i}?", answer="7") for i in range(3)])

@@ -713,9 +713,7 @@ def test_weights_in_a_folder_of_the_model_count_too(place, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name, value", [("RANK", "0"), ("RANK", "x")])
-def test_an_environment_that_torchrun_did_not_make(place, name, value, monkeypatch, capsys):
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def test_an_environment_that_torchrun_did_not_make(place, no_process_group, name, value, monkeypatch, capsys):
     monkeypatch.setenv(name, value)
     refused(place, f"{name}.* in the environment must be", monkeypatch, capsys)
 
