@@ -13,8 +13,9 @@ where pi_ref is the model before training. Only s_win and s_lose are trained on;
         --data xinlai/Math-Step-DPO-10K --output-dir OUT
 
 In reading order: the loss; the policy, a model that returns log-probabilities of spans; one optimizer step;
-the training; building and sharding the model; the command. data.py says what a pair is and how it becomes tokens,
-kernels.py why neither logits nor masks exist. What a run needs around the method is in runtime/, the flags too.
+the training; building and sharding the model; the command. data.py says what a pair is and how it becomes
+tokens, kernels.py why neither logits nor masks exist. What a run needs around the method is in runtime/: its
+flags in flags.py, what comes before the first step in startup.py.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from torch.utils.checkpoint import checkpoint
 import data
 from data import Batch, Pair
 from kernels import linear_logps
-from runtime import architectures, checkpoints, commands, offload, outputs, startup, weights
+from runtime import architectures, checkpoints, commands, offload, outputs, rows, startup, weights
 from runtime.messages import InputError, print0, progress
 from runtime.startup import Run, local_device
 
@@ -252,6 +253,7 @@ def train(config: Config) -> None:
 
 
 def train_on(run: Run) -> None:
+    """The reference pass, the optimizer steps, the export."""
     config, pairs = run.config, run.pairs
 
     # The policy before training is the reference: what it says of each pair is computed once.
@@ -262,7 +264,8 @@ def train_on(run: Run) -> None:
     with commands.noticing_stop_signals() as stop_asked:
         first = checkpoints.start_or_resume(policy, optimizer, run)
         began = time.perf_counter()
-        bar = progress(range(first, run.steps), "training", initial=first, total=run.steps, unit="step")
+        bar = progress(range(first, run.steps), "training", initial=first, total=run.steps, unit="step",
+                       leave=True)
         for step in bar:
             if step % config.eval_every == 0:
                 evaluate(step, policy, run.held_out, held_out_reference, config)
@@ -408,6 +411,7 @@ def shard(policy: Policy, config: Config) -> None:
 
 def run(config: Config) -> None:
     """Train, and with --test-problems compare the model before and after."""
+    rows.refuse_missing_library(*config.data, config.eval_data, config.test_problems)
     if config.test_problems:
         from pairs.problems import read_problems
         read_problems(config.test_problems)  # what is wrong with them must not show only at the end

@@ -19,6 +19,9 @@ import torch  # noqa: E402
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
+from runtime import hub_kernels  # noqa: E402
+
+hub_kernels.keep_out()
 
 CUDA = torch.cuda.is_available()
 PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate", "liger-kernel", "cut-cross-entropy",

@@ -10,7 +10,6 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
-from transformers import AutoModelForCausalLM
 
 import data
 from runtime.rows import read_pairs
@@ -49,6 +48,7 @@ def naive_training(config: argparse.Namespace) -> tuple[list[float], nn.Module]:
 
 
 def load(folder: str) -> nn.Module:
+    from transformers import AutoModelForCausalLM  # not before runtime keeps hub kernels out
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 

@@ -20,6 +20,7 @@ def bench(script: str, out: Path, *flags: str) -> tuple[dict, str]:
     return json.loads(out.read_text()), result.stdout
 
 
+@pytest.mark.slow
 def test_loss_benchmark_measures_what_runs_here_and_names_what_does_not(tmp_path):
     report, text = bench("loss", tmp_path / "loss.json", "--shapes", "64,32,1000", "--repeats", "2", "--skip",
                          "compiled")
@@ -30,6 +31,7 @@ def test_loss_benchmark_measures_what_runs_here_and_names_what_does_not(tmp_path
     assert all(f"{name:11}missing: " in text for name in ("compiled", "liger", "cce", "cce-filter", "quack"))
 
 
+@pytest.mark.slow
 def test_the_stages_for_a_gpu_run_on_a_toy(tmp_path):
     stages = ["tests", "demo", "same-demo", "loss", "attention", "profile"]  # the others run the same scripts
     environment = ENVIRONMENT | {"DRY": "1", "RESULTS": str(tmp_path), "PYTHON": sys.executable,
@@ -49,6 +51,7 @@ def test_the_stages_for_a_gpu_run_on_a_toy(tmp_path):
     assert output.count("done before") == len(stages), output
 
 
+@pytest.mark.slow
 def test_training_benchmark_measures_ours_and_another_checkout(tiny, tmp_path):
     pairs = write_jsonl(tmp_path / "pairs.jsonl", make_rows(8))
     report, text = bench("train", tmp_path / "train.json", "--model", tiny, "--data", pairs, "--batch-size=4",
@@ -59,6 +62,7 @@ def test_training_benchmark_measures_ours_and_another_checkout(tiny, tmp_path):
     assert "ours over ours of the other checkout" in text
 
 
+@pytest.mark.slow
 def test_architectures_are_tried_and_judged(tmp_path):
     report, text = bench("architectures", tmp_path / "architectures.json",
                          "--only", "^(qwen2|whisper|bloom|musicgen)$")

@@ -4,7 +4,6 @@ import sys
 
 import pytest
 import torch
-import torch.distributed as dist
 import transformers
 
 from conftest import HERE
@@ -30,8 +29,7 @@ PAIRS = [Pair([1] * 200, [1] * 50, [1] * 50, "")] * 64
     (True, "--no-activation-checkpointing"),
     (False, "--tokens-per-micro-batch 8192 --batch-size 4"),  # one micro-batch
 ])
-def test_the_formula_is_what_the_trainer_allocates(tied, flags):
-    assert not dist.is_initialized()
+def test_the_formula_is_what_the_trainer_allocates(no_process_group, tied, flags):
     hf_config = transformers.Qwen2Config(**SMALL, tie_word_embeddings=tied)
     predicted = plan.Planner(hf_config, PAIRS, 4).plan(plan.parse(["--batch-size", "16", *flags.split()]))
     traced = plan.trace(hf_config, PAIRS, 4, predicted.config)

@@ -201,6 +201,9 @@ def new_model(folder: str, rows: list[dict]) -> None:
     learned on the problems behind Qwen2's pre-tokenizer, which transformers gives every Qwen2 anyway."""
     import torch
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from runtime import hub_kernels
+    hub_kernels.keep_out()
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
     tokenizer = Tokenizer(models.BPE())

@@ -33,12 +33,15 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data  # noqa: E402
+from runtime import hub_kernels  # noqa: E402
 from runtime.flags import INT, POSITIVE_FLOAT, POSITIVE_INT  # noqa: E402
 from runtime.rows import read_rows  # noqa: E402
+
+hub_kernels.keep_out()
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 
 class Example(NamedTuple):

@@ -101,6 +101,7 @@ def test_demo_is_small_ordinary_and_its_pairs_are_of_its_problems(sets):
     assert not used[0] & used[1]
 
 
+@pytest.mark.slow
 def test_recipe_trains_evaluates_and_shows_accuracy_before_and_after(tmp_path):
     """The README's first command, with few optimizer steps and problems."""
     problems = write_jsonl(tmp_path / "test.jsonl", rows_of(HERE / "demo/test.jsonl")[:150])

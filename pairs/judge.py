@@ -17,19 +17,22 @@ class Judge:
         self.server, self.model, self.concurrency = server, model, concurrency
 
     def first_errors(self, solutions: list[tuple[Problem, list[str]]]) -> list[int | None]:
-        """Of each solution (or beginning of one), given as the texts of its steps, the first wrong step.
+        """The first wrong step of each solution, or beginning of one, given as the texts of its steps.
 
-        0 if none is wrong; None if the judge does not answer exactly in the form asked for. Collective.
+        It is 0 if none is wrong, and None if the judge does not answer exactly in the form asked for.
+        Collective.
         """
-        questions = {}  # by what they are kept under; equal ones are asked once
+        questions = {}  # by their key in the cache; equal ones are asked once
         for problem, steps in solutions:
             text = question(problem, steps)
             questions[content_key(text)] = text
         missing = [key for key in questions if key not in self.cache.rows]
         own = missing[self.cache.rank::self.cache.ranks]
 
-        bodies = [{"model": self.model, "temperature": 0, "max_tokens": 2048, "stream": False,
-                   "messages": [{"role": "user", "content": questions[key]}]} for key in own]
+        common = {"model": self.model, "temperature": 0, "max_tokens": 2048, "stream": False}
+        bodies = []
+        for key in own:
+            bodies.append({**common, "messages": [{"role": "user", "content": questions[key]}]})
         for i, reply in post_all(self.server, "chat/completions", bodies, self.concurrency,
                                  lambda reply: "" + reply["choices"][0]["message"]["content"]):
             self.cache.add([{"key": own[i], "question": questions[own[i]], "reply": reply}])
@@ -43,6 +46,7 @@ class Judge:
 
 
 def question(problem: Problem, steps: list[str]) -> str:
+    """What the judge is asked about a solution, given as the texts of its steps."""
     numbered = [f"Step {k}:{text}" for k, text in enumerate(steps, 1)]
     return "\n".join([
         "A student works on a problem, step by step. Find the first wrong step.",

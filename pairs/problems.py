@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from runtime.files import content_key
 from runtime.messages import InputError
-from runtime.rows import is_one_message, read_rows
+from runtime.rows import is_on_hub, is_one_message, read_rows
 from runtime.templates import HALF_CHARACTER
 
 from .grading import extract_answer
@@ -46,8 +46,9 @@ def read_problems(path: str) -> list[Problem]:
     Raises InputError naming file and line; for an unknown format it lists the known ones.
     """
     problems: dict[str, tuple[str, Problem]] = {}
+    name = os.path.basename(path.partition(":")[0] if is_on_hub(path) else path).split(".")[0]
     for where, row in read_rows(path):
-        problem = _problem(where, row, name=os.path.basename(path).split(".")[0])
+        problem = _problem(where, row, name)
         first, known = problems.setdefault(problem.prompt, (where, problem))
         if problem.answer != known.answer:
             raise InputError(f"{where}: has the same problem as {first}, with another answer "
@@ -56,7 +57,7 @@ def read_problems(path: str) -> list[Problem]:
 
 
 def _problem(where: str, row: dict, name: str) -> Problem:
-    """Of a row in one of FORMATS; `name` is that of the dataset, if the row has none."""
+    """The problem of a row in one of FORMATS; `name` is that of the dataset, if the row has none."""
     prompt, answer, reference = _fields(where, row)
     if isinstance(prompt, list):
         if not is_one_message(prompt):
@@ -91,9 +92,11 @@ def _text(where: str, name: str, value: Any) -> str:
 
 def _fields(where: str, row: dict) -> tuple:
     """(prompt, answer, reference) of a row in one of FORMATS."""
+    # A file of several formats has null where a row has no such field. But an answer that is null is missing.
+    there = [name for name, value in row.items() if value is not None]
     reference = row.get("solution") or row.get("output") or row.get("rationale")
 
-    if "question" in row and "options" in row and "correct" in row:
+    if "question" in there and "options" in there and "correct" in row:
         if not isinstance(row["options"], list):
             raise InputError(f'{where}: "options" must be a list, got {type(row["options"]).__name__}')
         options = [re.sub(r"^\s*\(?([A-Z])\s*\)\s*", r"(\1) ", _text(where, "option", option))
@@ -101,21 +104,21 @@ def _fields(where: str, row: dict) -> tuple:
         question = _text(where, "problem", row["question"])
         return f"{question}\nAnswer choices: {' '.join(options)}", row["correct"], reference
 
-    if "question" in row and "answer" in row:
+    if "question" in there and "answer" in row:
         worked, mark, answer = _text(where, "answer", row["answer"]).rpartition("####")
         if not mark:
             raise InputError(f'{where}: "answer" must end in "#### N", as in GSM8K; for a bare answer '
                              'name the fields "prompt" and "answer"')
         return row["question"], answer, worked
 
-    if "problem" in row and "solution" in row and "answer" not in row:
+    if "problem" in there and "solution" in there and "answer" not in there:
         return row["problem"], extract_answer(_text(where, "worked solution", reference)), reference
 
     for name in ("problem", "instruction", "prompt"):
-        if name in row and "answer" in row:
+        if name in there and "answer" in row:
             return row[name], row["answer"], reference
 
-    raise InputError(f"{where}: unknown format ({', '.join(row) or 'empty'}); known are\n  {FORMATS}")
+    raise InputError(f"{where}: unknown format ({', '.join(there) or 'empty'}); known are\n  {FORMATS}")
 
 
 class Step(NamedTuple):
@@ -124,10 +127,11 @@ class Step(NamedTuple):
 
 
 def find_steps(solution: str) -> list[Step] | None:
-    """A step runs to the next line that begins `Step k:`; a step mentioned within a line is text.
+    """The numbered steps of a solution, or None if they are not clear.
 
-    None if the lines that look like the beginning of a step are not exactly `Step 1:` .. `Step n:`, or if a
-    step is empty: no guessing.
+    A step runs to the next line that begins `Step k:`; a step mentioned within a line is text. Nothing is
+    guessed: the lines that look like the beginning of a step must be exactly `Step 1:` .. `Step n:`, and no
+    step may be empty.
     """
     headings = []
     looks_like_a_step = re.finditer(r"^[^\w\n]*step[ \t]*\d+[^\w\n]*?[:.)]", solution, re.M | re.I)

@@ -15,7 +15,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data import open_turn, tokenize
 from runtime.files import content_key, lock, parse_json, read_bytes, writing
-from runtime.messages import InputError, progress
+from runtime.messages import InputError, in_one_line, progress, refuse_model
 from runtime.templates import control_token_in, control_tokens, read_tokenizer, with_date
 from runtime.weights import FLOATS, check_config, model_identity, reading
 
@@ -71,6 +71,11 @@ class Sample(NamedTuple):
     correct: bool
     cut: bool               # ended by max_new_tokens or for lack of positions, not by the model
     tokens: int             # of the continuation
+
+    @classmethod
+    def of(cls, row: dict) -> "Sample":
+        """The sample that a row of the cache holds, among other fields."""
+        return cls(*[row[name] for name in cls._fields])
 
     @property
     def passes(self) -> bool:
@@ -217,16 +222,19 @@ class Samples:
         A prefix ends in `Step k:`, or is empty. Equal prefixes have equal samples. Collective: the ranks
         share what has to be drawn, and all return all.
         """
-        wanted, missing = [], {}
+        wanted = []  # for each prefix the keys of its samples
+        missing: dict[tuple[Problem, str], list[str]] = {}
         for (problem, prefix), start in zip(prefixes, first or [0] * len(prefixes), strict=True):
             name = problem.key(prefix)
             keys = [f"{name} {n}" for n in range(start, start + count)]
             wanted.append(keys)
-            absent = [key for key in keys if key not in self.cache.rows]
-            missing.setdefault((problem, prefix), {}).update(dict.fromkeys(absent))
+            for key in keys:
+                absent = missing.setdefault((problem, prefix), [])
+                if key not in self.cache.rows and key not in absent:
+                    absent.append(key)
         # Shared out by prefix, so that a prompt is read on one rank only.
-        missing = [(start, list(absent)) for start, absent in missing.items() if absent]
-        own = missing[self.cache.rank::self.cache.ranks]
+        to_draw = [(start, absent) for start, absent in missing.items() if absent]
+        own = to_draw[self.cache.rank::self.cache.ranks]
         if own:
             self._draw_missing(own, label)
         self.cache.share()
@@ -234,10 +242,11 @@ class Samples:
         drawn = []
         for keys in wanted:
             rows = [self.cache.rows[key] for key in keys]
-            drawn.append([Sample(*(row[name] for name in Sample._fields)) for row in rows])
+            drawn.append([Sample.of(row) for row in rows])
         return drawn
 
     def _draw_missing(self, missing: list[tuple[tuple[Problem, str], list[str]]], label: str) -> None:
+        """Draw the samples with these keys of each problem and prefix, into the cache, batch by batch."""
         texts, template = [], self.settings.template
         for (problem, prefix), _ in missing:
             token = control_token_in(problem.prompt, self.control_tokens)
@@ -250,11 +259,12 @@ class Samples:
         where = [f"the problem {problem.prompt[:60]!r}" for (problem, _), _ in missing]
         prompts = tokenize(self.tokenizer, texts, template, where)
 
-        origins, wanted = [], []  # of each sample: where it comes from; its prompt and its name
-        for (start, keys), prompt in zip(missing, prompts, strict=True):
+        wanted = []   # what a sampler takes: the prompt's ids and the sample's name
+        origins = []  # of each of them its key, problem and prefix
+        for ((problem, prefix), keys), prompt in zip(missing, prompts, strict=True):
             for key in keys:
-                origins.append((key, *start))
                 wanted.append((prompt, f"{self.settings.seed} {key}"))
+                origins.append((key, problem, prefix))
 
         right = done = tokens = 0
         began = time.monotonic()
@@ -272,7 +282,7 @@ class Samples:
 
 
 class Continuation(NamedTuple):
-    """Of a prompt, as a sampler draws it."""
+    """What a model has written after a prompt, as a sampler draws it."""
 
     text: str
     tokens: int
@@ -280,6 +290,7 @@ class Continuation(NamedTuple):
 
 
 def graded_row(key: str, problem: Problem, prefix: str, drawn: Continuation) -> dict:
+    """A row of the cache: the continuation with its prefix, and whether its answer is right."""
     solution = prefix + drawn.text
     graded = solution.rpartition("\n")[0] if drawn.cut else solution  # a line that was cut off is no answer
     return {"key": key, "prompt": problem.prompt, "answer": problem.answer, "solution": solution,
@@ -341,6 +352,7 @@ class LocalSampler:
         self.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
         self.settings, self.tokenizer = settings, tokenizer
         self.budget = settings.batch_tokens or (131072 if cuda else 16384)
+        self.is_checked = False  # that batches do not change what the model says
 
     @cached_property
     def model(self) -> Any:
@@ -374,6 +386,9 @@ class LocalSampler:
 
         for ids, _ in wanted:
             self._refuse_unreadable(ids)
+        if wanted and not self.is_checked:
+            self._self_check(max((ids for ids, _ in wanted), key=len))
+            self.is_checked = True
         order = sorted(range(len(wanted)), key=lambda i: (len(wanted[i][0]), wanted[i]))
         while order:
             size = 1  # of the sorted prompts the last is the longest, and all are padded to it
@@ -398,12 +413,64 @@ class LocalSampler:
             raise InputError(f"{folder}: takes {self.limit} tokens at most (max_position_embeddings), and a "
                              f"prompt has {len(ids)}; remove its problem: {begin!r}...")
 
+    @torch.inference_mode()
+    def _self_check(self, prompt: Sequence[int]) -> None:
+        """Raise InputError if the model answers otherwise in a batch than alone.
+
+        Recurrent layers have no keys and values to go on from, and padding is text to some models. The
+        prompt, cut short in two ways, is read as `_draw` reads prompts, and as plain sequences.
+        """
+        try:
+            difference = self._change_by_batching(prompt)
+        except Exception as error:  # whatever a model does with a cache that is not its own
+            if ran_out_of_memory(error):
+                raise
+            problem = f"fails there ({in_one_line(error)})"
+        else:
+            # In bf16 rounding moves probabilities by some percent, and more where it chooses experts.
+            allowed = 1e-3 if self.model.dtype == torch.float32 else 0.25
+            if difference <= allowed:
+                return
+            problem = f"says something else there than alone (by {difference:.2g} of all probability)"
+        folder = self.settings.model
+        refuse_model(type(self.model).__name__, (
+            f"this process samples in padded batches with a key-value cache, and {folder} {problem}; "
+            f"start a server for it, as `vllm serve {folder}`, and pass --server and --server-model"))
+
+    def _change_by_batching(self, prompt: Sequence[int]) -> float:
+        """The part of the next token's probability that is moved. Not of numbers that are not finite, which
+        `_choose` refuses."""
+        length = int(min(len(prompt), 40, self.limit - 2))
+        if length < 1:
+            return 0.0
+        sequences = [list(prompt[:length]), list(prompt[:length // 3 + 1])]
+        mask, logits, kv_cache = self._read_prompts(sequences)
+        order = torch.tensor([1, 0, 1], device=self.device)  # a prompt may have several samples
+        kv_cache.batch_select_indices(order)
+        mask, logits = mask[order], logits[order]
+        sequences = [list(sequences[i]) for i in order.tolist()]
+
+        most = 0.0
+        for new_tokens in range(3):
+            if new_tokens > 0:
+                token = logits.argmax(-1)
+                for ids, new in zip(sequences, token.tolist(), strict=True):
+                    ids.append(new)
+                mask, logits = self._read_token(token, mask, kv_cache)
+            if not logits.isfinite().all():
+                return 0.0
+            for ids, in_batch in zip(sequences, logits.float().softmax(-1), strict=True):
+                alone = self.model(torch.tensor([ids], device=self.device), use_cache=False).logits[0, -1]
+                moved = (alone.float().softmax(-1) - in_batch).abs().sum().item() / 2
+                most = max(most, moved)
+        return most
+
     def _draw_or_none(self, wanted: list[tuple[list[int], str]]) -> list[Continuation] | None:
-        """None if memory runs out."""
+        """The continuations of a batch, or None if memory runs out."""
         try:
             return self._draw(wanted)
-        except RuntimeError as error:  # for CPU memory there is no exception of its own
-            if len(wanted) == 1 or not re.search("out of memory|can't allocate memory", str(error)):
+        except RuntimeError as error:
+            if len(wanted) == 1 or not ran_out_of_memory(error):
                 raise
         # Outside of `except`, because the exception keeps the failed batch alive.
         torch.cuda.empty_cache()
@@ -412,54 +479,62 @@ class LocalSampler:
 
     @torch.inference_mode()
     def _draw(self, wanted: list[tuple[list[int], str]]) -> list[Continuation]:
-        prompts = {prompt: row for row, prompt in enumerate(dict.fromkeys(tuple(ids) for ids, _ in wanted))}
-        mask, logits, kv_cache = self._read_prompts(list(prompts))
-        rows = torch.tensor([prompts[tuple(ids)] for ids, _ in wanted], device=self.device)
-        kv_cache.batch_select_indices(rows)  # from one row a prompt to one row a sample
-        mask, logits = mask[rows], logits[rows]
+        """The continuations of one batch."""
+        prompts = [tuple(ids) for ids, _ in wanted]
+        different = list(dict.fromkeys(prompts))  # equal prompts are read once
+        place = {prompt: i for i, prompt in enumerate(different)}
+        of_sample = torch.tensor([place[prompt] for prompt in prompts], device=self.device)
+        mask, logits, kv_cache = self._read_prompts(different)
+        kv_cache.batch_select_indices(of_sample)  # from one sequence a prompt to one a sample
+        mask, logits = mask[of_sample], logits[of_sample]
 
         new_tokens: list[list[int]] = [[] for _ in wanted]
         random_numbers = [random.Random(name) for _, name in wanted]
-        alive = list(range(len(wanted)))
+        alive = list(range(len(wanted)))  # the samples that have not ended: what is in the batch
         while True:
             token = self._choose(logits, [random_numbers[i].random() for i in alive])
             for i, chosen in zip(alive, token.tolist(), strict=True):
                 new_tokens[i].append(chosen)
 
-            stay = [j for j, i in enumerate(alive) if not self._has_ended(wanted[i][0], new_tokens[i])]
+            stay = [j for j, i in enumerate(alive) if not self._has_ended(prompts[i], new_tokens[i])]
             if not stay:
-                return [self._continuation(ids, new)
-                        for (ids, _), new in zip(wanted, new_tokens, strict=True)]
+                break
             if len(stay) < len(alive):  # what has ended costs nothing from here on
                 alive = [alive[j] for j in stay]
                 index = torch.tensor(stay, device=self.device)
                 kv_cache.batch_select_indices(index)
                 mask, token = mask[index], token[index]
+            mask, logits = self._read_token(token, mask, kv_cache)
 
-            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
-            position = mask.sum(1, keepdim=True) - 1
-            logits = self.model(token[:, None], attention_mask=mask, position_ids=position, use_cache=True,
-                                past_key_values=kv_cache).logits[:, -1]
+        return [self._continuation(ids, new) for (ids, _), new in zip(wanted, new_tokens, strict=True)]
 
     def _read_prompts(self, prompts: list[tuple[int, ...]]) -> tuple[Tensor, Tensor, Any]:
         """(attention mask (N, width), next-token logits (N, V), key-value cache) of N left-padded prompts."""
         width = max(len(prompt) for prompt in prompts)
         ids, mask = torch.zeros(2, len(prompts), width, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt):] = torch.tensor(prompt)
-            mask[row, width - len(prompt):] = 1
+        for i, prompt in enumerate(prompts):
+            ids[i, width - len(prompt):] = torch.tensor(prompt)
+            mask[i, width - len(prompt):] = 1
         ids, mask = ids.to(self.device), mask.to(self.device)
 
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         out = self.model(ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
         return mask, out.logits[:, -1], out.past_key_values
 
-    def _has_ended(self, ids: list[int], new: list[int]) -> bool:
+    def _read_token(self, token: Tensor, mask: Tensor, kv_cache: Any) -> tuple[Tensor, Tensor]:
+        """(attention mask, next-token logits) after one more token (N,) of each sequence."""
+        mask = torch.cat([mask, mask.new_ones(len(token), 1)], 1)
+        position = mask.sum(1, keepdim=True) - 1
+        out = self.model(token[:, None], attention_mask=mask, position_ids=position, use_cache=True,
+                         past_key_values=kv_cache)
+        return mask, out.logits[:, -1]
+
+    def _has_ended(self, ids: Sequence[int], new: list[int]) -> bool:
         most = min(self.settings.max_new_tokens, self.limit - len(ids))
         return new[-1] in self.end_tokens or len(new) >= most
 
     def _choose(self, logits: Tensor, numbers: list[float]) -> Tensor:
-        """(N,) tokens of (N, V) logits: the likeliest, or of the top-p nucleus, by a uniform number a row."""
+        """(N,) tokens by (N, V) logits: the likeliest, or by a uniform number each one of the nucleus."""
         top_p = self.settings.top_p
         if not logits.isfinite().all():
             raise InputError(f"{self.settings.model}: its logits are not finite, so nothing can be sampled")
@@ -474,7 +549,7 @@ class LocalSampler:
             if size >= probabilities.shape[1] or before[:, -1].min() >= top_p:
                 break
             size *= 16
-        # One number per row picks the token whose interval of the nucleus' mass it falls into.
+        # A number picks the token whose interval of the nucleus' mass it falls into.
         mass = (best * (before < top_p)).cumsum(-1)
         point = torch.tensor(numbers, device=mass.device)[:, None] * mass[:, -1:]
         drawn = torch.searchsorted(mass, point, right=True).clamp(max=mass.shape[1] - 1)
@@ -485,6 +560,11 @@ class LocalSampler:
         before = self.tokenizer.decode(ids, skip_special_tokens=True)
         whole = self.tokenizer.decode(ids + new, skip_special_tokens=True)
         return Continuation(whole[len(before):], len(new), new[-1] not in self.end_tokens)
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    # For CPU memory there is no exception of its own.
+    return bool(re.search("out of memory|can't allocate memory", str(error)))
 
 
 def refuse_other_tensors(folder: str, model: Any, found: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ def shown(text: str) -> str:
 
 
 def fetch(url: str, body: dict | None = None) -> Any:
-    """The JSON reply to a POST of JSON, or without a body to a GET.
+    """The JSON reply to a request: a POST of JSON, or a GET if there is no body.
 
     Connection errors, broken replies, 408, 409, 429 and 5xx are tried again after a growing, jittered pause
     (or what Retry-After says). Any other status is Refused at once.

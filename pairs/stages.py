@@ -1,18 +1,23 @@
-"""The three stages of section 3.2 of the paper, as plain functions over rows.
+"""From problems to pairs: the three stages of section 3.2 of the paper.
 
     solve     problems -> solutions, graded
     locate    wrong solutions -> the first wrong step of each, or the reason why it is not known
     rectify   located errors -> pairs
 
-Each stage asks for what it needs of all rows at once (a wave), because large batches are fast. The samples of
-a wave come from the cache where they are known, so no stage has to remember how far it came.
+Each stage asks for what it needs of all solutions at once (a wave), because large batches are fast. The
+samples of a wave come from the cache where they are known, so no stage has to remember how far it came.
+
+A *step* here is a numbered step of a solution. The *pass rate after j steps* is the share of samples that go
+on after the first j steps of a solution and reach the right answer: a wrong step makes it fall.
 """
 
 import json
 import os
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 
 import numpy as np
 import torch.distributed as dist
@@ -29,32 +34,58 @@ from .sampling import Sample, Samples, Settings
 RATES = np.geomspace(0.03, 0.95, 10)[:, None]  # pass rates as long as all steps are right, each as likely
 
 
+class Stage(Enum):
+    """What a wrong solution has to get through, in this order, to become a pair."""
+
+    USABLE = "usable"        # it can be searched
+    LOCATED = "located"      # its first wrong step is known
+    AGREED = "agreed"        # by rollouts and the judge alike: with --by both only
+    RECTIFIED = "rectified"  # there is a right step to take its place
+
+
 @dataclass(eq=False)
 class Wrong:
-    """A wrong solution on its way to a pair. V(j) is the pass rate of samples that go on after j steps."""
+    """A wrong solution on its way to a pair."""
 
     problem: Problem
     solution: str
     steps: list[Step]            # empty if they are not numbered 1..n
-    status: str = ""             # why it goes no further, as "stage: reason"; "" as long as it does
+    failed: Stage | None = None  # the stage that it does not get through; None as long as it goes on
+    reason: str = ""             # why not
     step: int | None = None      # the first wrong one, 1..n; 0 if none is; None if that is not known
-    passed: list[int] = field(init=False)  # of the samples drawn after 0..n-1 steps to find the step
-    drawn: list[int] = field(init=False)
+    passed: list[int] = field(init=False)  # of the samples drawn after 0..n-1 steps, those that pass
+    drawn: list[int] = field(init=False)   # how many these are
     certainty: float | None = None         # that the step is the first wrong one
-    rate_before: float = 0.0     # V before the step, by all samples
+    rate_before: float = 0.0     # the pass rate before the wrong step, by all samples drawn there
     candidates: list[list[Step]] = field(default_factory=list)  # steps of solutions that pass: see `rectify`
     pairs: list[dict] = field(default_factory=list)
 
     def __post_init__(self):
         self.passed, self.drawn = [0] * len(self.steps), [0] * len(self.steps)
 
+    def give_up(self, stage: Stage, reason: str) -> None:
+        self.failed, self.reason = stage, reason
+
+    @property
+    def status(self) -> str:
+        """How far it came, in words for people: "located: no wrong step"; "" if it goes on."""
+        return f"{self.failed.value}: {self.reason}" if self.failed else ""
+
     def after(self, j: int) -> tuple[Problem, str]:
         """The prefix of samples that go on after the first j steps."""
         return self.problem, self.steps[j].before
 
+    def wrong_step(self) -> Step:
+        return self.steps[self.step - 1]
 
-def open_rows(rows: list[Wrong]) -> list[Wrong]:
-    return [row for row in rows if not row.status]
+    def before_wrong_step(self) -> tuple[Problem, str]:
+        """The prefix of samples that go on after the right steps."""
+        return self.after(self.step - 1)
+
+
+def going_on(wrongs: Sequence[Wrong]) -> list[Wrong]:
+    """Those that have not been given up."""
+    return [wrong for wrong in wrongs if wrong.failed is None]
 
 
 def pass_rate(samples: list[Sample]) -> float:
@@ -83,15 +114,15 @@ def report_accuracy(samples: list[Sample], problems: int, settings: Settings) ->
     not_numbered = sum(find_steps(sample.solution) is None for sample in samples)
 
     low, high = wilson_interval(right, n)
-    certainty = f", 95% interval {low:.1%} to {high:.1%}"
+    of = f"{right} of {n}, 95% interval {low:.1%} to {high:.1%}"
     if n > problems:  # several samples of a problem are not independent
-        certainty = f" samples of {problems} problems"
-    print0(f"accuracy {right / n:.1%} ({right} of {n}{certainty}); {no_answer} without an answer, "
+        of = f"{right} of {n} samples of {problems} problems"
+    print0(f"accuracy {right / n:.1%} ({of}); {no_answer} without an answer, "
            f"{cut} cut at {settings.max_new_tokens} tokens, {not_numbered} not in numbered steps")
 
 
 def report_gain(before: str, after: str, config: Namespace) -> None:
-    """Greedy accuracy of two models on --test-problems of the trainer, and the difference. Collective."""
+    """Print the greedy accuracy of two models on --test-problems of the trainer, and the gain. Collective."""
     problems, right = read_problems(config.test_problems), []
     for when, model in (("before", before), ("after", after)):
         print0(f"{when:11s} {model} answers {config.test_problems}:")
@@ -110,74 +141,78 @@ def report_gain(before: str, after: str, config: Namespace) -> None:
 
 
 def wrong_solutions(solutions: list[tuple[Problem, Sample]], args: Namespace) -> list[Wrong]:
-    """The wrong ones. A `status` says which of them cannot be searched, and why."""
-    rows, seen, of_problem = [], set(), Counter()
+    """The wrong ones of the solutions. Those that cannot be searched are given up, and say why."""
+    wrongs, seen, of_problem = [], set(), Counter()
     for problem, sample in solutions:
         # Graded even if it was cut: an answer that stood there before the cut counts.
         if sample.correct:
             continue
-        row = Wrong(problem, sample.solution, find_steps(sample.solution) or [])
+        wrong = Wrong(problem, sample.solution, find_steps(sample.solution) or [])
         if (problem, sample.solution) in seen:
-            row.status = "usable: the same as another"
+            wrong.give_up(Stage.USABLE, "the same as another")
         elif sample.cut:
-            row.status = "usable: cut at --max-new-tokens"
-        elif not row.steps:
-            row.status = "usable: not numbered Step 1: to Step n:"
+            wrong.give_up(Stage.USABLE, "cut at --max-new-tokens")
+        elif not wrong.steps:
+            wrong.give_up(Stage.USABLE, "not numbered Step 1: to Step n:")
         elif of_problem[problem] == args.per_problem:
-            row.status = "usable: more than --per-problem"
+            wrong.give_up(Stage.USABLE, "more than --per-problem")
         else:
             of_problem[problem] += 1
         seen.add((problem, sample.solution))
-        rows.append(row)
-    return rows
+        wrongs.append(wrong)
+    return wrongs
 
 
-def locate(rows: list[Wrong], samples: Samples, judge: Judge | None, args: Namespace) -> None:
-    """Fill in the first wrong step of each row, or the status that says why there is none."""
+def locate(wrongs: list[Wrong], samples: Samples, judge: Judge | None, args: Namespace) -> None:
+    """Fill in the first wrong step of each, or give it up."""
     if args.by in ("rollouts", "both"):
-        locate_by_rollouts(rows, samples, args)
+        locate_by_rollouts(wrongs, samples, args)
     if args.by in ("judge", "both"):
-        locate_by_judge(open_rows(rows), judge, "agreed" if args.by == "both" else "located")
+        locate_by_judge(going_on(wrongs), judge, Stage.AGREED if args.by == "both" else Stage.LOCATED)
 
 
-def locate_by_rollouts(rows: list[Wrong], samples: Samples, args: Namespace) -> None:
-    """The first wrong step, as the one after which the model seldom gets the answer right: a noisy binary
-    search. Each wave samples, for each row, where that promises to halve what is still possible."""
+def locate_by_rollouts(wrongs: list[Wrong], samples: Samples, args: Namespace) -> None:
+    """The first wrong step, as the one after which the model seldom gets the answer right.
+
+    A noisy binary search: each wave samples every solution after as many steps as promise to halve what is
+    still possible.
+    """
     # Problems that the model never solves are given up early, after few samples.
-    roll_out(rows, [0] * len(rows), args.screen, samples)
-    for row in rows:
-        if row.passed[0] == 0:
-            row.status = f"located: none of the first {args.screen} samples of the problem passes"
+    roll_out(wrongs, [0] * len(wrongs), args.screen, samples)
+    for wrong in wrongs:
+        if wrong.passed[0] == 0:
+            wrong.give_up(Stage.LOCATED, f"none of the first {args.screen} samples of the problem passes")
 
-    searching = open_rows(rows)
-    while searching:
+    searched = going_on(wrongs)
+    while searched:
         middles = []
-        for row in searching:
-            chances = chances_of_steps(row.passed, row.drawn, args.max_recovery)
-            row.certainty = float(chances.max())
-            if row.certainty >= args.certainty:
-                row.step = int(chances.argmax()) + 1
-            elif sum(row.drawn) >= args.max_rollouts:
-                row.status = "located: no step is certain after --max-rollouts samples"
+        for wrong in searched:
+            chances = chances_of_steps(wrong.passed, wrong.drawn, args.max_recovery)
+            wrong.certainty = float(chances.max())
+            if wrong.certainty >= args.certainty:
+                wrong.step = int(chances.argmax()) + 1
+            elif sum(wrong.drawn) >= args.max_rollouts:
+                wrong.give_up(Stage.LOCATED, "no step is certain after --max-rollouts samples")
             else:
-                # Whether V is low after j steps tells most if it is as likely as not.
-                is_low = chances.cumsum()[:-1]
-                middles.append(int(abs(is_low - 0.5).argmin()) + 1)
-        searching = [row for row in open_rows(searching) if row.step is None]
-        roll_out(searching, middles, args.rollouts, samples)
+                # Samples after j steps tell most if an error among these is as likely as none.
+                error_is_among_first = chances.cumsum()[:-1]  # 1..n-1 steps
+                middles.append(int(abs(error_is_among_first - 0.5).argmin()) + 1)
+        searched = [wrong for wrong in going_on(searched) if wrong.step is None]
+        roll_out(searched, middles, args.rollouts, samples)
 
 
-def roll_out(rows: list[Wrong], js: list[int], count: int, samples: Samples) -> None:
-    """Draw `count` more samples of each row that go on after its first j steps."""
-    known = [row.drawn[j] for row, j in zip(rows, js, strict=True)]
-    prefixes = [row.after(j) for row, j in zip(rows, js, strict=True)]
-    for row, j, found in zip(rows, js, samples.draw(prefixes, count, known, "locate"), strict=True):
-        row.drawn[j] += count
-        row.passed[j] += sum(sample.passes for sample in found)
+def roll_out(wrongs: list[Wrong], kept: list[int], count: int, samples: Samples) -> None:
+    """Draw `count` more samples of each solution that go on after the first `kept` of its steps."""
+    known = [wrong.drawn[j] for wrong, j in zip(wrongs, kept, strict=True)]
+    prefixes = [wrong.after(j) for wrong, j in zip(wrongs, kept, strict=True)]
+    drawn = samples.draw(prefixes, count, known, "locate")
+    for wrong, j, found in zip(wrongs, kept, drawn, strict=True):
+        wrong.drawn[j] += count
+        wrong.passed[j] += sum(sample.passes for sample in found)
 
 
 def chances_of_steps(passed: list[int], drawn: list[int], max_recovery: float) -> np.ndarray:
-    """The probability of each step 1..n of a wrong solution to be the first wrong one.  # (n,)
+    """(n,) probabilities of the steps 1..n of a wrong solution: that the step is the first wrong one.
 
     Of `drawn[j]` samples that go on after j steps `passed[j]` are right: at some rate as long as these steps
     are right, and after a wrong one at a part of it, as models recover from errors, but at most max_recovery.
@@ -200,53 +235,56 @@ def chances_of_steps(passed: list[int], drawn: list[int], max_recovery: float) -
     return chances / chances.sum()
 
 
-def locate_by_judge(rows: list[Wrong], judge: Judge, stage: str) -> None:
-    """The first wrong step by a judge's verdict. Where rollouts have named one, both must name the same:
-    labels on which they agree train better than those of either (arXiv:2501.07301)."""
-    solutions = [(row.problem, [step.text for step in row.steps]) for row in rows]
-    for row, verdict in zip(rows, judge.first_errors(solutions), strict=True):
+def locate_by_judge(wrongs: list[Wrong], judge: Judge, stage: Stage) -> None:
+    """The first wrong step by a judge's verdict.
+
+    Where rollouts have named one, both must name the same: labels on which they agree train better than those
+    of either (arXiv:2501.07301).
+    """
+    solutions = [(wrong.problem, [step.text for step in wrong.steps]) for wrong in wrongs]
+    for wrong, verdict in zip(wrongs, judge.first_errors(solutions), strict=True):
         if verdict is None:
-            row.status = f"{stage}: verdict not as asked for"
-        elif row.step not in (None, verdict):
-            row.status = f"{stage}: the judge names another step, or none"
+            wrong.give_up(stage, "verdict not as asked for")
+        elif wrong.step not in (None, verdict):
+            wrong.give_up(stage, "the judge names another step, or none")
         else:
-            row.step = verdict
+            wrong.step = verdict
             if verdict == 0:
-                row.status = f"{stage}: no wrong step"
+                wrong.give_up(stage, "no wrong step")
 
 
-def take_filled_in(path: str, rows: list[Wrong]) -> list[Wrong]:
-    """Take the steps that people put into the file. Returns the rows that have no line there yet.
+def take_filled_in(path: str, wrongs: list[Wrong]) -> list[Wrong]:
+    """Take the steps that people put into the file. Returns the solutions that have no line there yet.
 
     Lines are known by problem and solution, so they may be moved, and none is ever changed or removed.
     Raises InputError if a step is none of its solution's.
     """
     filled_in = read_filled_in(path)
     new = []
-    for row in rows:
-        place = row.problem.prompt, row.solution
+    for wrong in wrongs:
+        place = wrong.problem.prompt, wrong.solution
         if place not in filled_in:
-            new.append(row)
-        where, row.step = filled_in.get(place, (path, None))
-        n = len(row.steps)
-        if row.step is None:
-            row.status = "located: not filled in yet"
-        elif row.step > n:
-            raise InputError(f"{where}: step must be 0 (none is wrong) to {n}, or null, not {row.step}")
-        elif row.step == 0:
-            row.status = "located: no wrong step"
+            new.append(wrong)
+        where, wrong.step = filled_in.get(place, (path, None))
+        n = len(wrong.steps)
+        if wrong.step is None:
+            wrong.give_up(Stage.LOCATED, "not filled in yet")
+        elif wrong.step > n:
+            raise InputError(f"{where}: step must be 0 (none is wrong) to {n}, or null, not {wrong.step}")
+        elif wrong.step == 0:
+            wrong.give_up(Stage.LOCATED, "no wrong step")
     return new
 
 
 def read_filled_in(path: str) -> dict[tuple[str, str], tuple[str, int | None]]:
-    """By problem and solution: the line, and the step that is written there."""
+    """The steps that people have filled in, by problem and solution, each with the place of its line."""
     filled_in: dict[tuple[str, str], tuple[str, int | None]] = {}
     has_rows = os.path.exists(path) and read_bytes(path).strip()
-    for where, line in read_rows(path) if has_rows else []:
+    for where, row in read_rows(path) if has_rows else []:
         for name in ("step", "prompt", "solution"):
-            if name not in line:
+            if name not in row:
                 raise InputError(f"{where}: has no {name!r}; repair or remove that line")
-        step, place = line["step"], (line["prompt"], line["solution"])
+        step, place = row["step"], (row["prompt"], row["solution"])
         if not all(isinstance(text, str) for text in place):
             raise InputError(f"{where}: 'prompt' and 'solution' must be text; repair or remove that line")
         if step is not None and (type(step) is not int or step < 0):
@@ -263,52 +301,53 @@ def read_filled_in(path: str) -> dict[tuple[str, str], tuple[str, int | None]]:
 
 
 def rectify(located: list[Wrong], samples: Samples, judge: Judge | None, args: Namespace) -> list[dict]:
-    """Located errors -> pairs, in the format of data.py. The rows' status says why some have none.
+    """Located errors -> pairs, in the format of data.py. Those of which none is made are given up.
 
     The first step of a sample that goes on after the right steps and passes may become `chosen`. That the
     answer is right does not make the step right: it must also be as good to go on from as the steps before
-    it, or please the judge. Wave n checks everyone's n-th candidate.
+    it, or please the judge.
     """
-    # Two solutions may share the wrong step and all before it: one of them is enough.
-    seen = set()
-    for row in located:
-        wrong_step = row.after(row.step - 1), simplified(row.steps[row.step - 1].text)
-        if wrong_step in seen:
-            row.status = "rectified: the step is already rejected in another pair"
-        seen.add(wrong_step)
-    located = open_rows(located)
+    give_up_repeated_steps(located)
+    located = going_on(located)
+    find_candidates(located, samples, args)
 
-    # Those that `locate` drew there are among these, from the cache.
-    prefixes = [row.after(row.step - 1) for row in located]
-    drawn = samples.draw(prefixes, args.rectify_samples, label="rectify")
-    for row, found in zip(located, drawn, strict=True):
-        row.rate_before, row.candidates = pass_rate(found), candidates_for(row, found, args)
-        if row.rate_before == 0:
-            row.status = "rectified: no continuation passes"
-        elif not row.candidates:
-            row.status = "rectified: no other step of similar length"
-
-    for n in range(args.tries):
-        wave = [row for row in located if n < len(row.candidates) and len(row.pairs) < args.pairs_per_step]
-        for row, is_right in zip(wave, check(wave, n, samples, judge, args), strict=True):
+    for n in range(args.tries):  # everyone's n-th candidate is checked in one wave
+        wave = [wrong for wrong in located
+                if n < len(wrong.candidates) and len(wrong.pairs) < args.pairs_per_step]
+        for wrong, is_right in zip(wave, check(wave, n, samples, judge, args), strict=True):
             if is_right:
-                row.pairs.append(make_pair(row, row.candidates[n]))
+                wrong.pairs.append(make_pair(wrong, wrong.candidates[n]))
 
-    pairs, of_problem = [], Counter()
-    for row in located:
-        room = args.per_problem - of_problem[row.problem]
-        if not row.pairs and not row.status:
-            row.status = "rectified: no chosen step passes --check"
-        elif row.pairs and room == 0:
-            row.status = "rectified: more than --per-problem"
-        pairs += row.pairs[:room]
-        of_problem[row.problem] += len(row.pairs[:room])
-    return pairs
+    return first_pairs_of_each_problem(located, args.per_problem)
 
 
-def candidates_for(row: Wrong, drawn: list[Sample], args: Namespace) -> list[list[Step]]:
-    """The steps of one solution that passes for each different next step, the most frequent step first."""
-    k, (_, prefix) = row.step, row.after(row.step - 1)
+def give_up_repeated_steps(located: list[Wrong]) -> None:
+    """Two solutions may share the wrong step and all before it: one of them is enough."""
+    seen = set()
+    for wrong in located:
+        rejected = wrong.before_wrong_step(), simplified(wrong.wrong_step().text)
+        if rejected in seen:
+            wrong.give_up(Stage.RECTIFIED, "the step is already rejected in another pair")
+        seen.add(rejected)
+
+
+def find_candidates(located: list[Wrong], samples: Samples, args: Namespace) -> None:
+    """Sample what may take the place of each wrong step, or give it up."""
+    # Those that `locate` drew there are among these, from the cache.
+    prefixes = [wrong.before_wrong_step() for wrong in located]
+    drawn = samples.draw(prefixes, args.rectify_samples, label="rectify")
+    for wrong, found in zip(located, drawn, strict=True):
+        wrong.rate_before = pass_rate(found)
+        wrong.candidates = candidates_for(wrong, found, args.max_length_ratio)
+        if wrong.rate_before == 0:
+            wrong.give_up(Stage.RECTIFIED, "no continuation passes")
+        elif not wrong.candidates:
+            wrong.give_up(Stage.RECTIFIED, "no other step of similar length")
+
+
+def candidates_for(wrong: Wrong, drawn: list[Sample], max_ratio: float) -> list[list[Step]]:
+    """For each different next step, the steps of one solution that passes; the most frequent step first."""
+    k, (_, prefix) = wrong.step, wrong.before_wrong_step()
     by_text: dict[str, list[list[Step]]] = {}
     for sample in drawn:
         steps = find_steps(sample.solution) if sample.passes else None
@@ -316,38 +355,58 @@ def candidates_for(row: Wrong, drawn: list[Sample], args: Namespace) -> list[lis
         if steps and len(steps) >= k and steps[k - 1].before == prefix:
             by_text.setdefault(simplified(steps[k - 1].text), []).append(steps)
 
-    wrong, ratio = simplified(row.steps[k - 1].text), args.max_length_ratio
+    rejected = simplified(wrong.wrong_step().text)
     kept = []
     for text, solutions in by_text.items():
-        if text != wrong and 1 / ratio <= len(text) / len(wrong) <= ratio:
+        if text != rejected and 1 / max_ratio <= len(text) / len(rejected) <= max_ratio:
             kept.append(solutions)
-    return [solutions[0] for solutions in sorted(kept, key=len, reverse=True)]
+    most_frequent_first = sorted(kept, key=len, reverse=True)
+    return [solutions[0] for solutions in most_frequent_first]
 
 
 def check(wave: list[Wrong], n: int, samples: Samples, judge: Judge | None, args: Namespace) -> list[bool]:
-    """Whether the n-th candidate of each row is right, by --check."""
+    """Whether the n-th candidate of each is right, by --check."""
     if args.check == "judge":
         beginnings = []
-        for row in wave:
-            beginnings.append((row.problem, [step.text for step in row.candidates[n][:row.step]]))
+        for wrong in wave:
+            up_to_candidate = wrong.candidates[n][:wrong.step]
+            beginnings.append((wrong.problem, [step.text for step in up_to_candidate]))
         return [verdict == 0 for verdict in judge.first_errors(beginnings)]
 
     # A candidate that is the last step is right, because the answer is; the others are gone on from.
-    inner = [row for row in wave if len(row.candidates[n]) > row.step]
-    prefixes = [(row.problem, row.candidates[n][row.step].before) for row in inner]
+    inner = [wrong for wrong in wave if len(wrong.candidates[n]) > wrong.step]
+    prefixes = [(wrong.problem, wrong.candidates[n][wrong.step].before) for wrong in inner]
     drawn = samples.draw(prefixes, args.check_rollouts, label="check")
-    worse = {row for row, found in zip(inner, drawn, strict=True) if pass_rate(found) < row.rate_before}
-    return [row not in worse for row in wave]
+    worse = set()
+    for wrong, found in zip(inner, drawn, strict=True):
+        if pass_rate(found) < wrong.rate_before:
+            worse.add(wrong)
+    return [wrong not in worse for wrong in wave]
 
 
-def make_pair(row: Wrong, steps: list[Step]) -> dict:
-    """`steps` are those of a solution that passes, up to the wrong one the same as the row's."""
-    prefix, last = steps[row.step - 1].before, steps[-1]
+def make_pair(wrong: Wrong, steps: list[Step]) -> dict:
+    """The row of a pair: `steps`, of a solution that passes, are those of the wrong one up to its error."""
+    chosen, last = steps[wrong.step - 1], steps[-1]
     passing = last.before + last.text
-    return {"dataset": row.problem.dataset, "prompt": row.problem.prompt, "initial_reason_steps": prefix,
-            "chosen": steps[row.step - 1].text, "rejected": row.steps[row.step - 1].text,
-            "full_chosen": passing[len(prefix):], "full_rejected": row.solution[len(prefix):].rstrip(),
-            "answer": row.problem.answer}
+    prefix = chosen.before
+    return {"dataset": wrong.problem.dataset, "prompt": wrong.problem.prompt, "initial_reason_steps": prefix,
+            "chosen": chosen.text, "rejected": wrong.wrong_step().text,
+            "full_chosen": passing[len(prefix):], "full_rejected": wrong.solution[len(prefix):].rstrip(),
+            "answer": wrong.problem.answer}
+
+
+def first_pairs_of_each_problem(located: list[Wrong], most: int) -> list[dict]:
+    """The pairs, at most so many of a problem. Solutions that none is left of are given up."""
+    pairs, of_problem = [], Counter()
+    for wrong in located:
+        kept = wrong.pairs[:most - of_problem[wrong.problem]]
+        if not wrong.pairs and not wrong.failed:
+            wrong.give_up(Stage.RECTIFIED, "no chosen step passes --check")
+        elif wrong.pairs and not kept:
+            wrong.give_up(Stage.RECTIFIED, "more than --per-problem")
+        pairs += kept
+        of_problem[wrong.problem] += len(kept)
+    return pairs
 
 
 def simplified(step: str) -> str:
@@ -360,31 +419,34 @@ def simplified(step: str) -> str:
 def build(solutions: list[tuple[Problem, Sample]], samples: Samples, judge: Judge | None,
           args: Namespace) -> None:
     """Solutions -> pairs.jsonl in the folder --out, and a count of what fell away where. Collective."""
-    wrong = wrong_solutions(solutions, args)
-    usable = open_rows(wrong)
+    wrongs = wrong_solutions(solutions, args)
+    usable = going_on(wrongs)
     if args.by == "human":
         sheet = f"{args.out}/located.jsonl"
         new = take_filled_in(sheet, usable)
         wait_for_all()  # before rank 0 adds to what the others read
-        write_rows(sheet, [as_line(row, args) for row in new], mode="a")
+        write_rows(sheet, [as_row(wrong, args.by) for wrong in new], mode="a")
         print0(f"{sheet}: where step is null, put the number of the first wrong step there (0 if none is); "
                "then run the same command again")
-        if not open_rows(usable):
-            return report_counts(len(solutions), wrong, args)
+        if not going_on(usable):
+            report_counts(len(solutions), wrongs, args)
+            return
     else:
         locate(usable, samples, judge, args)
-        write_rows(f"{args.out}/located_by_{args.by}.jsonl", [as_line(row, args) for row in wrong])
+        write_rows(f"{args.out}/located_by_{args.by}.jsonl", [as_row(wrong, args.by) for wrong in wrongs])
 
-    pairs = rectify(open_rows(usable), samples, judge, args)
+    pairs = rectify(going_on(usable), samples, judge, args)
     write_rows(f"{args.out}/pairs.jsonl", pairs)
-    report_counts(len(solutions), wrong, args)
+    report_counts(len(solutions), wrongs, args)
     of_problems = len({pair["prompt"] for pair in pairs})
     print0(f"{len(pairs)} pairs of {of_problems} problems -> {args.out}/pairs.jsonl")
 
 
-def as_line(row: Wrong, args: Namespace) -> dict:
-    return {"step": row.step, "status": row.status or "located", "by": args.by, **row.problem._asdict(),
-            "solution": row.solution, "certainty": row.certainty, "passed": row.passed, "drawn": row.drawn}
+def as_row(wrong: Wrong, by: str) -> dict:
+    """What located*.jsonl says of a wrong solution."""
+    return {"step": wrong.step, "status": wrong.status or "located", "by": by, **wrong.problem._asdict(),
+            "solution": wrong.solution, "certainty": wrong.certainty, "passed": wrong.passed,
+            "drawn": wrong.drawn}
 
 
 def wait_for_all() -> None:
@@ -393,7 +455,7 @@ def wait_for_all() -> None:
 
 
 def write_rows(path: str, rows: list[dict], mode: str = "w") -> None:
-    """On rank 0: a JSONL file, complete or not at all, or lines at its end."""
+    """On rank 0: write a JSONL file, completely or not at all ("w"), or add lines at its end ("a")."""
     if dist.is_initialized() and dist.get_rank() > 0:
         return
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -405,18 +467,16 @@ def write_rows(path: str, rows: list[dict], mode: str = "w") -> None:
         add_lines(path, text)
 
 
-def report_counts(solutions: int, wrong: list[Wrong], args: Namespace) -> None:
-    """Print how many are left after each stage, and why the others are not (from "stage: reason")."""
-    stages = ["usable", "located"]
-    if args.by == "both":
-        stages.append("agreed")
-
-    reasons = Counter(row.status for row in wrong if row.status)
-    left = len(wrong)
+def report_counts(solutions: int, wrongs: list[Wrong], args: Namespace) -> None:
+    """Print how many are left after each stage, and why the others are not."""
+    left = len(wrongs)
     lines = [f"{'solutions':12}{solutions:7,}", f"{'wrong':12}{left:7,}"]
-    for stage in [*stages, "rectified"]:
-        fell_away = sorted((reason, n) for reason, n in reasons.items() if reason.startswith(f"{stage}: "))
-        left -= sum(n for _, n in fell_away)
-        lines.append(f"{stage:12}{left:7,}")
-        lines += [f"{'':12}{-n:7,}  {reason.removeprefix(f'{stage}: ')}" for reason, n in fell_away]
+    for stage in Stage:
+        if stage is Stage.AGREED and args.by != "both":
+            continue
+        reasons = Counter(wrong.reason for wrong in wrongs if wrong.failed is stage)
+        left -= reasons.total()
+        lines.append(f"{stage.value:12}{left:7,}")
+        for reason, count in sorted(reasons.items()):
+            lines.append(f"{'':12}{-count:7,}  {reason}")
     print0(*lines)

@@ -5,6 +5,7 @@
     templates.py      a model's tokenizer and chat template
     architectures.py  what models differ in, and our attention in transformers' interface
     weights.py        model folders into shards, and back
+    hub_kernels.py    that transformers does not take our kernels.py for a package of Hugging Face
     offload.py        AdamW's tensors in host memory
     checkpoints.py    complete or absent, for any number of processes
     outputs.py        the output folder of a run; the cache of reference log-probabilities

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from runtime import outputs
+from runtime.commands import waiting_for_disks
 from runtime.files import content_key, parse_json, read_bytes, write_atomically, writing
 from runtime.messages import InputError, print0
 from runtime.startup import Run
@@ -51,7 +52,7 @@ def save(policy: nn.Module, optimizer: torch.optim.Optimizer, done: int, config:
 
 
 def training_state(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """Kind of tensor -> name of the parameter -> its rows that are here. Tied weights count once."""
+    """Kind of tensor -> name of the parameter -> the rows that this rank has. Tied weights count once."""
     parameters = dict(policy.named_parameters())
     state = {"weights": {name: local_of(parameter) for name, parameter in parameters.items()}}
     for moment in MOMENTS:
@@ -61,9 +62,9 @@ def training_state(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def checkpoints_in(folder: str) -> list[str]:
-    """Names, the newest first, of the checkpoints there; what else there is is not ours.
+    """The names of the checkpoints in a folder, the newest first. Whatever else is there is not ours.
 
-    Raises InputError for what is called like one, and is none: it is in the way.
+    Raises InputError for what is named like a checkpoint and is none, as it stands in the way of one.
     """
     present = os.listdir(folder) if os.path.isdir(folder) else []
     names = [name for name in present if re.fullmatch(r"step-\d{6,}", name)]
@@ -76,45 +77,59 @@ def checkpoints_in(folder: str) -> list[str]:
 
 def save_checkpoint(policy: nn.Module, optimizer: torch.optim.Optimizer, folder: str, step: int,
                     metrics: str) -> None:
-    """Write step-N, complete or absent. Those before it are removed once it is read back. Collective."""
+    """Write step-N, complete or absent. Those before it are removed once it is there. Collective."""
     path, rank = f"{folder}/step-{step:06d}", dist.get_rank()
-    any_parameter = next(policy.parameters())  # all are cut alike
-    shard, shards = shard_of(any_parameter)
     unfinished = f"{path}.unfinished"
-    if rank == 0:
-        with writing(unfinished):
-            shutil.rmtree(unfinished, ignore_errors=True)
-            os.makedirs(unfinished)
-    dist.barrier()
+    with waiting_for_disks() as all_are_here:
+        if rank == 0:
+            with writing(unfinished):
+                shutil.rmtree(unfinished, ignore_errors=True)
+                os.makedirs(unfinished)
+        all_are_here()
 
+        hashes = save_shard(policy, optimizer, unfinished)
+        all_are_here()
+        of_ranks = [{}] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, hashes)
+
+        if rank == 0:
+            hashes = {name: value for of_rank in of_ranks for name, value in of_rank.items()}
+            _, shards = shard_of(next(policy.parameters()))  # all are cut alike
+            state = {"step": step, "shards": shards, "sha256": hashes, "metrics": metrics}
+            state["seal"] = seal_of(state)
+            write_atomically(f"{unfinished}/state.json", json.dumps(state))
+            with writing(path):
+                if os.path.basename(path) in checkpoints_in(folder):
+                    os.rename(path, f"{path}.damaged.unfinished")  # or this step would not have come again
+                os.sync()  # the name must not reach the disk before the content
+                os.rename(unfinished, path)
+                remove_old_checkpoints(folder, os.path.basename(path))
+
+
+def save_shard(policy: nn.Module, optimizer: torch.optim.Optimizer, folder: str) -> dict[str, str]:
+    """Write this rank's shard of weights and moments. Returns file -> hash.
+
+    Ranks of a further copy of the model have nothing new, and write nothing.
+    """
+    any_parameter = next(policy.parameters())  # all are cut alike
+    if not is_of_first_copy(any_parameter):
+        return {}
+    shard, _ = shard_of(any_parameter)
     hashes = {}
     for kind, tensors in training_state(policy, optimizer).items():
-        if not is_of_first_copy(any_parameter):
-            break  # who has another copy of the model has nothing new
         name = f"{kind}.{shard}.safetensors"
         local = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        with writing(f"{unfinished}/{name}"):
-            save_file(local, f"{unfinished}/{name}")
-            hashes[name] = hash_of(f"{unfinished}/{name}")
-    of_ranks = [{}] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, hashes)
-
-    if rank == 0:
-        hashes = {name: value for of_rank in of_ranks for name, value in of_rank.items()}
-        state = {"step": step, "shards": shards, "sha256": hashes, "metrics": metrics}
-        state["seal"] = seal_of(state)
-        write_atomically(f"{unfinished}/state.json", json.dumps(state))
-        with writing(path):
-            if os.path.basename(path) in checkpoints_in(folder):
-                os.rename(path, f"{path}.damaged.unfinished")  # or this step would not have come again
-            os.sync()  # the name must not reach the disk before the content
-            os.rename(unfinished, path)
-            remove_old_checkpoints(folder, os.path.basename(path))
-    dist.barrier()
+        with writing(f"{folder}/{name}"):
+            save_file(local, f"{folder}/{name}")
+            hashes[name] = hash_of(f"{folder}/{name}")
+    return hashes
 
 
 def remove_old_checkpoints(folder: str, newest: str) -> None:
-    """Also what a kill has left of others. Renamed before, so that what is called step-N is always whole."""
+    """Remove all checkpoints but the newest, and what a kill has left of others.
+
+    They are renamed before, so that what is called step-N is always whole.
+    """
     for name in checkpoints_in(folder):
         if name != newest:
             os.rename(f"{folder}/{name}", f"{folder}/{name}.unfinished")
@@ -124,7 +139,7 @@ def remove_old_checkpoints(folder: str, newest: str) -> None:
 
 
 def seal_of(state: dict[str, Any]) -> str:
-    """What tells that a checkpoint's state.json is as it was written."""
+    """A hash of a checkpoint's state, kept in state.json, which shows that it is as it was written."""
     return content_key(json.dumps({name: value for name, value in state.items() if name != "seal"}))
 
 
@@ -149,16 +164,19 @@ def hash_of(path: str) -> str:
 def load_checkpoint(policy: nn.Module, optimizer: torch.optim.Optimizer, folder: str) -> tuple[int, str]:
     """Load the newest sound checkpoint. Returns (optimizer steps it has seen, metrics till then). Collective.
 
-    (0, "") if there is none yet. Raises InputError if all that there are are damaged.
+    Without a checkpoint that is (0, ""). Raises InputError if there are some, and all are damaged.
     """
     damaged = []
     for name in checkpoints_in(folder):
         path = f"{folder}/{name}"
         found = [None] * dist.get_world_size()
-        dist.all_gather_object(found, what_is_damaged(path))  # each rank looks at its share
+        with waiting_for_disks():
+            damage_here = what_is_damaged(path)  # each rank looks at its share
+        dist.all_gather_object(found, damage_here)
         damage = [text for text in found if text]
         if not damage:
-            return _load_sound(policy, optimizer, path)
+            with waiting_for_disks():
+                return load_sound(policy, optimizer, path)
         print0(f"checkpoint  {path} is damaged ({damage[0]}): going on from the one before it")
         damaged.append(damage[0])
     if damaged:
@@ -168,7 +186,7 @@ def load_checkpoint(policy: nn.Module, optimizer: torch.optim.Optimizer, folder:
 
 
 def what_is_damaged(path: str) -> str:
-    """What is wrong with this rank's share of a checkpoint's files, "" if they are as they were written."""
+    """What is wrong with this rank's share of a checkpoint's files; "" if they are as they were written."""
     try:
         hashes = sorted(read_state(path)["sha256"].items())
         for name, expected in hashes[dist.get_rank()::dist.get_world_size()]:
@@ -179,11 +197,12 @@ def what_is_damaged(path: str) -> str:
         return str(error)
 
 
-def _load_sound(policy: nn.Module, optimizer: torch.optim.Optimizer, path: str) -> tuple[int, str]:
+def load_sound(policy: nn.Module, optimizer: torch.optim.Optimizer, path: str) -> tuple[int, str]:
+    """Load a checkpoint that is as it was written. Returns what `load_checkpoint` does."""
     state = read_state(path)
     for parameter in policy.parameters():
         moments = optimizer.state[parameter]
-        if not moments:  # AdamW has none before its first step; in host memory they have their place
+        if not moments:  # AdamW makes them in its first step; those in host memory are there already
             moments["step"] = torch.zeros((), device=parameter.device)
             moments.update({moment: torch.empty_like(parameter) for moment in MOMENTS})
         moments["step"].fill_(state["step"])
@@ -199,16 +218,7 @@ def _load_sound(policy: nn.Module, optimizer: torch.optim.Optimizer, path: str) 
 
 
 def copy_common_rows(rows: Tensor, here: tuple[int, int], stored: Any, there: tuple[int, int]) -> None:
-    """Copy what two shards of a tensor have in common; each has the rows [start, stop) of it."""
+    """Copy the rows that two shards of a tensor have in common; each has the rows [start, stop) of it."""
     first, last = max(here[0], there[0]), min(here[1], there[1])
     if first < last:
         rows[first - here[0]:last - here[0]].copy_(stored[first - there[0]:last - there[0]])
-
-
-# -------------------------------------------------------------------------------------------------- the cache
-
-
-
-
-
-

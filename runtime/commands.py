@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -86,6 +87,22 @@ def signal_on_any_rank(asked: list[int]) -> int:
     signal_number = torch.tensor(max(asked, default=0))
     dist.all_reduce(signal_number, dist.ReduceOp.MAX)
     return int(signal_number)
+
+
+@contextmanager
+def waiting_for_disks() -> Iterator[Callable[[], None]]:
+    """Within, some ranks may read, write or download for hours, longer than --timeout. Collective.
+
+    All wait for each other at the end, and before it wherever they call what this yields. Whoever has ended
+    meanwhile, instead of working, is an error at once.
+    """
+    if not dist.is_initialized():
+        yield lambda: None
+        return
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    yield lambda: dist.barrier(group)
+    dist.barrier(group)
+    dist.destroy_process_group(group)
 
 
 def end_with_torchrun() -> None:

@@ -26,9 +26,15 @@ def print0(*lines: str) -> None:
         sys.stdout.flush()
 
 
-def progress(things: Any, desc: str, **options) -> tqdm:
-    """A progress bar that is gone when the work is done, on rank 0 only."""
-    return tqdm(things, desc=desc, leave=False, disable=os.environ.get("RANK", "0") != "0", **options)
+def progress(things: Any, desc: str, leave: bool = False, **options) -> tqdm:
+    """A progress bar on rank 0 only, which is gone when the work is done unless it shall be left."""
+    return tqdm(things, desc=desc, leave=leave, disable=os.environ.get("RANK", "0") != "0", **options)
+
+
+def in_one_line(error: BaseException) -> str:
+    """What a library says, and what it says the cause was."""
+    line = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    return f"{line} ({in_one_line(error.__cause__)})" if error.__cause__ else line
 
 
 WAITED = "waited in vain for another process: it hangs, or has ended"

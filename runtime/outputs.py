@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data import Pair
-from runtime.commands import local_rank
+from runtime.commands import local_rank, waiting_for_disks
 from runtime.files import add_lines, content_key, lock, parse_json, read_bytes, write_atomically, writing
 from runtime.messages import InputError, print0
 from runtime.rows import fingerprint
@@ -102,8 +102,9 @@ def identity_of(folder: str, pairs: str, held_out: str, config: Namespace) -> di
     if config.reference:
         models["reference"] = resolve(config.reference)
     content = {"data": pairs, "eval_data": held_out}
-    for name, path in models.items():
-        content[name] = model_identity(path) if local_rank() == 0 else None
+    with waiting_for_disks():
+        for name, path in models.items():
+            content[name] = model_identity(path) if local_rank() == 0 else None
     return {"config": vars(config), "content": content}
 
 
@@ -222,15 +223,20 @@ def cached_logps(name: str, pairs: Sequence[Pair], folder: str, config: Namespac
     if not pairs:
         return torch.empty(2, 0)
     is_reader = dist.get_rank() == 0
-    path = cache_path(folder, pairs, config) if is_reader else ""
-    found = [read_cached(path, (2, len(pairs))) if is_reader else None]
+    path, found, kept = "", [None], False
+    with waiting_for_disks():
+        if is_reader:
+            path = cache_path(folder, pairs, config)
+            found = [read_cached(path, (2, len(pairs)))]
     dist.broadcast_object_list(found)
     if found[0] is not None:
         print0(f"reference   log-probabilities of {name} pairs read from {path}")
         return found[0].to("cuda" if torch.cuda.is_available() else "cpu")
 
     logps = compute()
-    kept = not is_reader or write_cached(path, logps)
+    with waiting_for_disks():
+        if is_reader:
+            kept = write_cached(path, logps)
     print0(f"reference   log-probabilities of {name} pairs computed" + (f", kept in {path}" if kept else ""))
     return logps
 

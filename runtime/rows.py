@@ -1,8 +1,10 @@
 """Rows of step pairs: how they are read, and which are refused or dropped, by file and line."""
 
 import hashlib
+import importlib.util
 import os
 import re
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
@@ -11,58 +13,138 @@ import numpy as np
 
 from data import SPANS, Pair, encode, prompt_of, without_end
 from runtime.files import content_key, parse_json, read_bytes
-from runtime.messages import InputError, print0
+from runtime.messages import InputError, in_one_line, print0
 from runtime.templates import HALF_CHARACTER, control_token_in, control_tokens, end_of_answer
 
 Row = tuple[str, dict]  # where it stands, as "file:line" or "file: row n" for messages; and its fields
+SOURCES = "a .jsonl, .json or .parquet file or a hub dataset (owner/name, owner/name:split or " \
+          "owner/name:config:split)"
 
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-def read_rows(path: str) -> list[Row]:
-    """Rows of a .jsonl, .json (one list), .parquet file, or of the training split of a hub dataset.
+def read_rows(source: str, default_split: str | None = None) -> list[Row]:
+    """The rows of a .jsonl, .json (one list) or .parquet file, or of one split of a hub dataset.
 
+    `default_split` is taken where a hub dataset has it and the source names none.
     Raises InputError naming file and line for what is not UTF-8, not JSON or not an object.
     """
-    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not os.path.exists(path)
-
-    if path.endswith(".jsonl"):
+    if source.endswith(".jsonl"):
         rows = []
-        for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
+        for number, line in enumerate(read_bytes(source).split(b"\n"), 1):
             if line.strip():
-                where = f"{path}:{number}"
+                where = f"{source}:{number}"
                 rows.append((where, parse_json(where, line)))
-    elif path.endswith(".json"):
-        parsed = parse_json(path, read_bytes(path))
+    elif source.endswith(".json"):
+        parsed = parse_json(source, read_bytes(source))
         if not isinstance(parsed, list):
-            raise InputError(f"{path}: must be one JSON list of rows, got {type(parsed).__name__}; "
+            raise InputError(f"{source}: must be one JSON list of rows, got {type(parsed).__name__}; "
                              "one object per line is called .jsonl")
-        rows = [(f"{path}: row {number}", row) for number, row in enumerate(parsed, 1)]
-    elif path.endswith(".parquet") or is_hub_name:
-        rows = [(f"{path}: row {number}", row) for number, row in enumerate(_read_with_datasets(path), 1)]
+        rows = _numbered(source, parsed)
+    elif source.endswith(".parquet"):
+        rows = _read_parquet(source)
+    elif is_on_hub(source):
+        rows = _read_from_hub(source, default_split)
+    elif os.path.isdir(source.partition(":")[0]):
+        raise InputError(f"{source}: is a folder here; name {SOURCES}")
     else:
-        raise InputError(f"{path}: must be a .jsonl, .json or .parquet file or a hub dataset (owner/name)")
+        raise InputError(f"{source}: must be {SOURCES}")
 
     for where, row in rows:
         if not isinstance(row, dict):
             raise InputError(f"{where}: must be a JSON object, got {type(row).__name__}")
     if not rows:
-        raise InputError(f"{path}: holds no rows")
+        raise InputError(f"{source}: holds no rows")
     return rows
 
 
-def _read_with_datasets(path: str) -> Any:
+def is_on_hub(source: str) -> bool:
+    """Whether it names a hub dataset. What is there under that name is a file or folder."""
+    name, *parts = source.split(":")
+    if source.endswith((".jsonl", ".json", ".parquet")) or os.path.exists(name) or os.path.exists(source):
+        return False
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and len(parts) <= 2 and all(parts)
+
+
+def refuse_missing_library(*sources: Any) -> None:
+    """Raise InputError if one of the sources of rows needs a library that is not installed.
+
+    For the beginning of a command, before hours or gigabytes are spent.
+    """
+    for source in sources:
+        if isinstance(source, str) and (source.endswith(".parquet") or is_on_hub(source)):
+            if not _is_installed("datasets"):
+                raise InputError(f"{source}: reading parquet files and hub datasets needs: "
+                                 "pip install datasets")
+
+
+def _is_installed(name: str) -> bool:
+    if name in sys.modules:
+        return sys.modules[name] is not None
+    spec = importlib.util.find_spec(name)
+    return spec is not None and spec.origin is not None  # a folder with that name has no origin
+
+
+def _numbered(name: str, rows: Any) -> list[Row]:
+    return [(f"{name}: row {number}", row) for number, row in enumerate(rows, 1)]
+
+
+def _read_parquet(path: str) -> list[Row]:
+    refuse_missing_library(path)
+    import pyarrow.parquet  # comes with datasets, which would take the path for a pattern
+    content = pyarrow.BufferReader(read_bytes(path))
     try:
-        import datasets
-    except ImportError:
-        raise InputError(f"{path}: reading parquet files and hub datasets needs: "
-                         "pip install datasets") from None
+        return _numbered(path, pyarrow.parquet.ParquetFile(content).read().to_pylist())
+    except Exception as error:  # the library raises a dozen unrelated types for "not readable"
+        raise InputError(f"{path}: {in_one_line(error)}") from None
+
+
+def _read_from_hub(source: str, default_split: str | None) -> list[Row]:
+    refuse_missing_library(source)
+    import datasets
+    name, *parts = source.split(":")
+    split = parts.pop() if parts else None
+    config = parts.pop() if parts else None
     try:
-        if path.endswith(".parquet"):
-            return datasets.load_dataset("parquet", data_files=path, split="train")
-        return datasets.load_dataset(path, split="train")
-    except Exception as error:  # the library raises a dozen unrelated types for "not there" or "not readable"
-        raise InputError(f"{path}: {type(error).__name__}: {error}") from None
+        splits = datasets.load_dataset(name, config)  # all of them, as it downloads them in any case
+    except Exception as error:  # the library raises a dozen unrelated types for "not there"
+        problem = _what_configuration(name, config) or in_one_line(error)
+        raise InputError(f"{source}: {problem}") from None
+
+    with_config = f"{name}:{config}" if config else name
+    there_are = ", ".join(f"{with_config}:{one}" for one in splits)
+    if split is None and default_split in splits:
+        split = default_split
+    elif split is None and len(splits) == 1:
+        split, = splits
+    elif split is None:
+        raise InputError(f"{source}: has several splits; name one: {there_are}")
+    elif split not in splits:
+        raise InputError(f"{source}: has no split {split!r}; there are: {there_are}")
+    return _numbered(f"{with_config}:{split}", splits[split])
+
+
+def _what_configuration(name: str, config: str | None) -> str:
+    """Says what configurations a hub dataset has, if it does not have this one or needs one; else ""."""
+    import datasets
+    try:
+        configs = datasets.get_dataset_config_names(name)
+        if config is None and datasets.get_dataset_default_config_name(name) is None:
+            problem = "has several configurations; name one and a split"
+        elif config is not None and config not in configs:
+            problem = f"has no configuration {config!r}; there are"
+        else:
+            return ""
+
+        if len(configs) > 10:
+            return f"{problem}: {name}:CONFIG:SPLIT with the CONFIG {', '.join(configs)}"
+        sources = []
+        for one in configs:
+            prefix = f"{name}:{one}" if len(configs) > 1 else name
+            sources += [f"{prefix}:{split}" for split in datasets.get_dataset_split_names(name, one)]
+        return f"{problem}: {', '.join(sources)}"
+    except Exception:  # as the dataset itself, whose error says more
+        return ""
 
 
 def hold_out(rows: list[Row], share: float) -> tuple[list[Row], list[Row]]:
@@ -70,7 +152,7 @@ def hold_out(rows: list[Row], share: float) -> tuple[list[Row], list[Row]]:
     held_out = []
     rest = []
     for where, row in rows:
-        number = int(content_key(str(row.get("prompt")))[:8], 16) / 2**32  # as good as random
+        number = int(content_key(prompt_of(row))[:8], 16) / 2**32  # as good as random
         (held_out if number < share else rest).append((where, row))
     if not held_out or not rest:
         raise InputError(f"--eval-data {share}: leaves {len(rest)} of {len(rows)} pairs to train on")
@@ -82,13 +164,20 @@ def hold_out(rows: list[Row], share: float) -> tuple[list[Row], list[Row]]:
 
 def read_pairs(tokenizer: Any, config: Namespace) -> tuple[list[Pair], list[Pair]]:
     """The training pairs of --data and the held-out pairs of --eval-data."""
-    rows = [row for source in config.data for row in read_rows(source)]
+    rows = []
+    for source in config.data:
+        rows += read_rows(source, default_split="train")
     held_out = []
     if isinstance(config.eval_data, float):
+        _refuse_bad_rows(rows, config.span)  # their prompts say where they belong
         rows, held_out = hold_out(rows, config.eval_data)
     elif config.eval_data:
         held_out = read_rows(config.eval_data)
-    return pairs_of(rows, "training", tokenizer, config), pairs_of(held_out, "held-out", tokenizer, config)
+
+    training_pairs = pairs_of(rows, "training", tokenizer, config)
+    held_out_pairs = pairs_of(held_out, "held-out", tokenizer, config)
+    _refuse_training_pairs(held_out_pairs, training_pairs, config.eval_data)
+    return training_pairs, held_out_pairs
 
 
 def pairs_of(rows: list[Row], name: str, tokenizer: Any, config: Namespace) -> list[Pair]:
@@ -124,6 +213,19 @@ def pairs_of(rows: list[Row], name: str, tokenizer: Any, config: Namespace) -> l
     for reason, places in dropped.items():
         print0(f"{'':11s} dropped {len(places):,}: {reason} (first: {', '.join(places[:3])})")
     return pairs
+
+
+def _refuse_training_pairs(held_out: list[Pair], training: list[Pair], eval_data: str | float) -> None:
+    """Raise InputError if all held-out pairs are trained on too, as they are if both are one file."""
+    trained = {fingerprint([pair]): pair.where for pair in training}
+    again = [pair for pair in held_out if fingerprint([pair]) in trained]
+    if not again:
+        return
+    first = f"{again[0].where}, which is {trained[fingerprint(again[:1])]}"
+    if len(again) == len(held_out):
+        raise InputError(f"--eval-data {eval_data}: all its pairs are in --data too ({first}); name other "
+                         "pairs, or a share of --data, as 0.05")
+    print0(f"{'':11s} {len(again):,} of them are trained on too (first: {first})")
 
 
 def is_one_message(prompt: list) -> bool:

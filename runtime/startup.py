@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import data
 from data import Pair
 from runtime import architectures, outputs, rows, templates, weights
-from runtime.commands import joining, local_processes, local_rank
+from runtime.commands import joining, local_processes, local_rank, waiting_for_disks
 from runtime.messages import InputError, print0
 
 # -------------------------------------------------------------------------------------------------- processes
@@ -99,7 +99,8 @@ def prepare(config: Namespace, default_of: Callable[[str], Any]) -> Run | None:
     tokenizer = templates.read_tokenizer(folder)
     before = outputs.recorded_flag("template_args", config.output_dir)
     config.template_args = templates.with_date(config.template_args, tokenizer, config.template, before)
-    pairs, held_out = rows.read_pairs(tokenizer, config)
+    with waiting_for_disks():  # each rank reads by itself, and downloads what the hub has
+        pairs, held_out = rows.read_pairs(tokenizer, config)
 
     identity = outputs.identity_of(folder, rows.fingerprint(pairs), rows.fingerprint(held_out), config)
     outputs.refuse_other_nodes(identity, config)

@@ -1,7 +1,8 @@
-"""How numbers get from a model folder into the shards of a model, and back.
+"""How weights get from a model folder into the shards of a model, and back.
 
-A model folder is read by all ranks at once, each only its own rows of each tensor, and written again file by
-file, so no rank ever holds a whole model. Nothing here is a pickle, which could run code when it is read.
+A model folder is read by all ranks at once, each only its own rows of each tensor. It is written again by
+rank 0, one gathered tensor after the other, so no rank ever holds a whole model. Nothing here is a pickle,
+which could run code when it is read.
 """
 
 import collections
@@ -12,9 +13,8 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -24,18 +24,25 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from runtime.commands import local_rank
+from runtime import hub_kernels
+from runtime.commands import local_rank, waiting_for_disks
 from runtime.files import parse_json, read_bytes, writing
 from runtime.messages import InputError, progress, refuse_model
 
-BLOCK = 2**26  # numbers that are on their way at once: 256 MB in fp32
+hub_kernels.keep_out()  # before anything here asks transformers for a model
+
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+CHAT_TEMPLATES = "additional_chat_templates"  # the folder, beside chat_template.jinja, of those with names
 
 # ---------------------------------------------------------------------------------------------- model folders
 
 
 def resolve(name: str) -> str:
-    """A local folder, or the hub model of that name brought to this machine. Collective."""
+    """The folder of a model: `name` itself, or where the hub model of that name is on this machine.
+
+    Collective: one rank of each node downloads what is not there.
+    """
     is_folder = [os.path.isdir(name)] * (dist.get_world_size() if dist.is_initialized() else 1)
     if dist.is_initialized():
         dist.all_gather_object(is_folder, is_folder[0])
@@ -44,20 +51,16 @@ def resolve(name: str) -> str:
     if any(is_folder):
         raise InputError(f"{name}: no such folder for rank {is_folder.index(False)}, while others have it")
 
-    # It may take hours, which is longer than processes else wait for each other.
-    waiting = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if dist.is_initialized() else None
-    if local_rank() == 0:
-        bring(name)
-    if waiting:
-        dist.barrier(waiting)
-        dist.destroy_process_group(waiting)
-    return bring(name, local_files_only=True)
+    with waiting_for_disks():
+        if local_rank() == 0:
+            download(name)
+    return download(name, local_files_only=True)
 
 
-def bring(name: str, **options) -> str:
-    """The folder that a hub model has on this machine, once it is there."""
+def download(name: str, **options) -> str:
+    """Get a hub model onto this machine, if it is not there yet. Returns its folder."""
     from huggingface_hub import snapshot_download
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # in folders of the model's too
     unwanted = ["consolidated*", "original/*"]  # the same weights once more, in another format
     try:
         return snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted, **options)
@@ -97,26 +100,59 @@ def check_config(folder: str) -> None:
 
 
 def weight_files(folder: str) -> dict[str, list[str]]:
-    """Safetensors file, as a path inside the model folder -> the names of its tensors. Sorted."""
-    single, index = f"{folder}/model.safetensors", f"{folder}/model.safetensors.index.json"
-    if not os.path.isfile(index):
-        if not os.path.isfile(single):
-            raise InputError(f"{folder}: has no model.safetensors(.index.json); "
-                             "only safetensors weights are loaded")
-        with reading(folder), safe_open(single, "pt") as file:
-            return {"model.safetensors": sorted(file.keys())}
+    """Safetensors file, as a path inside the model folder -> the names of its tensors. Sorted.
 
+    A folder may have several sets of weights; these are the ones that transformers loads.
+    """
+    chosen = weights_or_index(folder)
+    paths = files_of_index(folder, chosen) if chosen.endswith(".index.json") else [chosen]
+    names = {}
+    for path in paths:
+        with reading(folder), safe_open(f"{folder}/{path}", "pt") as file:
+            names[path] = sorted(file.keys())
+    return names
+
+
+def files_of_index(folder: str, name: str) -> list[str]:
+    """The files that an index of weights names, sorted. What is in them they say themselves."""
+    index = f"{folder}/{name}"
     content = parse_json(index, read_bytes(index))
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(path, str) for path in weight_map.values()):
         raise InputError(f'{index}: must have a "weight_map" of tensor names to files')
-    files: dict[str, list[str]] = {}
-    for name, path in sorted(weight_map.items(), key=lambda item: item[::-1]):
-        is_inside_folder = not os.path.isabs(path) and os.pardir not in path.split("/")
-        if not is_inside_folder or not os.path.isfile(f"{folder}/{path}"):
+    for path in weight_map.values():
+        if not is_file_inside(folder, path):
             raise InputError(f"{index}: {path!r} must be a file inside that folder")
-        files.setdefault(path, []).append(name)
-    return files
+    return sorted({*weight_map.values()})
+
+
+def weights_or_index(folder: str) -> str:
+    """The file of weights, or the index of several, that transformers loads: the one that config.json names,
+    else a single file before an index."""
+    config = f"{folder}/config.json"
+    named = parse_json(config, read_bytes(config)).get("transformers_weights")
+    if named is not None:
+        if not is_file_inside(folder, str(named)):
+            raise InputError(f"{config}: transformers_weights, {named!r}, must be a file inside that folder")
+        return named
+    for name in (SINGLE, INDEX):
+        if os.path.isfile(f"{folder}/{name}"):
+            return name
+    raise InputError(f"{folder}: has no model.safetensors(.index.json); only safetensors weights are loaded")
+
+
+def is_file_inside(folder: str, path: str) -> bool:
+    """Whether a path, relative to a folder, is a file that does not stand outside of it."""
+    return not os.path.isabs(path) and os.pardir not in path.split("/") and os.path.isfile(f"{folder}/{path}")
+
+
+def text_files(folder: str) -> list[str]:
+    """Configuration, tokenizer and chat templates, as paths inside a model folder. Sorted."""
+    names = os.listdir(folder)
+    if os.path.isdir(f"{folder}/{CHAT_TEMPLATES}"):
+        templates = os.listdir(f"{folder}/{CHAT_TEMPLATES}")
+        names += [f"{CHAT_TEMPLATES}/{name}" for name in templates if name.endswith(".jinja")]
+    return sorted(name for name in names if name.endswith((".json", ".jinja", ".txt", ".model")))
 
 
 def count_parameters(folder: str) -> int:
@@ -138,14 +174,12 @@ def model_identity(path: str) -> str:
     if not os.path.isdir(path):
         return path
     digest = hashlib.sha256()
-    for name in sorted(os.listdir(path)):
-        file_path = os.path.join(path, name)
-        if name.endswith((".json", ".jinja", ".txt", ".model")):
-            digest.update(name.encode() + read_bytes(file_path))
+    for name in text_files(path):
+        digest.update(name.encode() + read_bytes(f"{path}/{name}"))
 
-    has_weights = any(name.startswith("model.safetensors") for name in os.listdir(path))  # else a tokenizer
+    has_weights = any(".safetensors" in name for name in os.listdir(path))  # else it is only a tokenizer
     for file_name in weight_files(path) if has_weights else ():
-        file_path = os.path.join(path, file_name)
+        file_path = f"{path}/{file_name}"
         with reading(file_path), open(file_path, "rb") as file:
             header, tensors = read_header(file_path)
             digest.update(header[8:])
@@ -173,8 +207,11 @@ def rows_of_shard(length: int, shard: int, shards: int) -> tuple[int, int]:
 
 
 def shard_of(tensor: Tensor) -> tuple[int, int]:
-    """(which of its shards is here, how many there are). Copies of the model, of which there may be several,
-    are cut alike: the mesh of ranks is (shards,) or (copies, shards)."""
+    """(which of a tensor's shards this rank has, how many there are).
+
+    Copies of the model, of which there may be several, are cut alike: the mesh of ranks is (shards,) or
+    (copies, shards).
+    """
     if not isinstance(tensor, DTensor):
         return 0, 1  # a buffer, all of which each rank has
     mesh = tensor.device_mesh
@@ -182,12 +219,14 @@ def shard_of(tensor: Tensor) -> tuple[int, int]:
 
 
 def is_of_first_copy(tensor: DTensor) -> bool:
+    """Whether this rank belongs to the first copy of the model, which is the one that checkpoints keep."""
     mesh = tensor.device_mesh
     return mesh.ndim == 1 or mesh.get_local_rank(0) == 0
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """What is here of a sharded tensor. Moments in host memory are no DTensors, and all of them is here."""
+    """The part of a tensor that this rank has: its shard, or all of what is no DTensor (buffers, and AdamW's
+    moments in host memory)."""
     return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
@@ -203,14 +242,22 @@ class Place(NamedTuple):
     parts: int = 1             # ... of so many
 
     def shape(self, tensor: Tensor) -> list[int]:
-        """That the stored tensor must have, `tensor` being the model's."""
+        """The shape that the stored tensor must have, `tensor` being the model's."""
         if self.expert is None:
             return [*tensor.shape]
         return [tensor.shape[1] // self.parts, *tensor.shape[2:]]
 
+    def within(self, tensor: Tensor, first: int = 0) -> Tensor:
+        """The stored tensor as a view of the model's, of which `tensor` has the rows or experts from `first`
+        on."""
+        if self.expert is None:
+            return tensor
+        length = tensor.shape[1] // self.parts
+        return tensor[self.expert - first, self.part * length:(self.part + 1) * length]
+
 
 def places_in(model: nn.Module, stored_names: Iterable[str]) -> dict[str, Place]:
-    """Where each stored tensor belongs. transformers may have renamed it since the files were written.
+    """Where each stored tensor belongs; transformers may have renamed it since the files were written.
 
     Raises InputError if transformers cuts or joins tensors in other ways than the experts of mixtures.
     """
@@ -221,24 +268,29 @@ def places_in(model: nn.Module, stored_names: Iterable[str]) -> dict[str, Place]
         apply_renamings,
         rename_source_key,
     )
-    changes, names = get_model_conversion_mapping(model), dict.fromkeys(model.state_dict(), True)
+    changes = get_model_conversion_mapping(model)
     renamings = [change for change in changes if isinstance(change, WeightRenaming)]
     joins = [change for change in changes if isinstance(change, WeightConverter)]
-    of_pattern = {pattern: join for join in joins for pattern in join.source_patterns}
+    join_of = {pattern: join for join in joins for pattern in join.source_patterns}
+    names = dict.fromkeys(model.state_dict(), True)
+
     places = {}
     for stored in stored_names:
-        places[stored], pattern = Place(stored), None
+        name, pattern = stored, None
         if stored not in names:
             name, pattern = rename_source_key(stored, renamings, joins, model.base_model_prefix, names)
+        if not pattern:
             places[stored] = Place(name)
-        if pattern:
-            join, by_number = of_pattern[pattern], pattern.replace("*.", r"(?P<expert>\d+)\.")
-            number = re.search(by_number, apply_renamings(stored, renamings))
-            if not joins_experts(join) or not number:
-                refuse_model(type(model).__name__, "transformers cuts or joins the tensors in its files "
-                                                   f"({stored} becomes part of {name})")
-            parts = join.source_patterns
-            places[stored] = Place(name, int(number["expert"]), parts.index(pattern), len(parts))
+            continue
+
+        # The pattern is like "experts.*.up_proj.weight", and what stands for the star is the expert's number.
+        join, with_number = join_of[pattern], pattern.replace("*.", r"(?P<expert>\d+)\.")
+        found = re.search(with_number, apply_renamings(stored, renamings))
+        if not joins_experts(join) or not found:
+            refuse_model(type(model).__name__, "transformers cuts or joins the tensors in its files "
+                                               f"({stored} becomes part of {name})")
+        parts = join.source_patterns
+        places[stored] = Place(name, int(found["expert"]), parts.index(pattern), len(parts))
     return places
 
 
@@ -277,36 +329,12 @@ def check_places(places: dict[str, Place], policy: nn.Module, folder: str) -> No
                          f"(missing: {missing[:3]}, left over: {unknown[:3]})")
 
 
-def blocks_of(place: Place, tensor: Tensor) -> Iterator[tuple[int, Any, Any]]:
-    """Where the numbers of a stored tensor are, in its order and in blocks of at most BLOCK fp32 numbers.
-
-    Yields (shard, index in that shard's rows of the model's tensor, index in the stored tensor).
-    """
-    shape, (_, shards) = place.shape(tensor), shard_of(tensor)
-    if not shape:
-        yield 0, ..., ...
-        return
-    at_once = max(1, BLOCK // max(1, math.prod(shape[1:])))
-    for shard in range(shards):
-        start, stop = rows_of_shard(len(tensor), shard, shards)
-        if place.expert is None:
-            before, first, end = (), start, stop
-        elif start <= place.expert < stop:  # FSDP cuts between experts
-            before, first, end = (place.expert - start,), 0, shape[0]
-            start = -place.part * shape[0]
-        else:
-            continue
-        for row in range(first, end, at_once):
-            last = min(row + at_once, end)
-            yield shard, (*before, slice(row - start, last - start)), slice(row, last)
+def is_finite(tensor: Tensor) -> bool:
+    """As `isfinite().all()`, without a copy."""
+    return tensor.numel() == 0 or all(math.isfinite(extreme) for extreme in tensor.aminmax())
 
 
-def is_finite(numbers: Tensor) -> bool:
-    """As `isfinite().all()`, without a copy of them."""
-    return numbers.numel() == 0 or all(math.isfinite(extreme) for extreme in numbers.aminmax())
-
-
-# ------------------------------------------------------------------------------------------------- in and out
+# --------------------------------------------------------------------------------------------------- reading
 
 
 @torch.no_grad()
@@ -314,76 +342,93 @@ def load(policy: nn.Module, folder: str) -> None:
     """Fill the shards of policy.model: each rank reads only its own rows of each tensor, or its own experts.
 
     Raises InputError if the tensors in the folder are not, one to one, finite floats for those of the model.
+    Collective.
     """
     files, tensors = weight_files(folder), policy.model.state_dict(keep_vars=True)
     places = places_in(policy.model, itertools.chain(*files.values()))
     check_places(places, policy, folder)
 
     bar, seen = progress(None, "loading", total=len(places), unit="tensor"), set()
-    for path, names in files.items():
-        with safe_open(f"{folder}/{path}", "pt") as file:
-            for name in names:
-                place = places[name]
-                if place.name in tensors:
-                    tensor = tensors[place.name]
-                    is_full = (tensor, place[1:]) in seen
-                    fill(tensor, place, file.get_slice(name), f"{folder}/{path}: {name}", is_full)
-                    seen.add((tensor, place[1:]))
-                bar.update()
+    with waiting_for_disks():
+        for path, names in files.items():
+            with safe_open(f"{folder}/{path}", "pt") as file:
+                for name in names:
+                    place = places[name]
+                    if place.name in tensors:
+                        tensor = tensors[place.name]
+                        is_full = (tensor, place[1:]) in seen
+                        fill(tensor, place, file.get_slice(name), f"{folder}/{path}: {name}", is_full)
+                        seen.add((tensor, place[1:]))
+                    bar.update()
     bar.close()
 
 
 def fill(tensor: Tensor, place: Place, stored: Any, where: str, is_full: bool) -> None:
-    """Copy what this rank has of a stored tensor. If that is full already, it must be the same."""
+    """Copy this rank's rows of a stored tensor. If they are there already, they must be the same."""
     shape = place.shape(tensor)
     if stored.get_shape() != shape:
         raise InputError(f"{where} must be {shape}, got {stored.get_shape()}")
     if tensor.is_floating_point() and stored.get_dtype() not in FLOATS:
         raise InputError(f"{where} is stored as {stored.get_dtype()}: quantized weights cannot be trained; "
                          "use the model they were made from")
-    rows, (own_shard, _) = local_of(tensor), shard_of(tensor)
-    for shard, here, there in blocks_of(place, tensor):
-        if shard != own_shard:
-            continue
-        numbers = stored[there]
-        if not is_finite(numbers):
-            raise InputError(f"{where} holds numbers that are not finite: the file is damaged, "
-                             "or the model is")
-        if is_full and not torch.equal(rows[here], numbers.to(rows)):
-            raise InputError(f"{where} differs from what it is tied to (tie_word_embeddings in config.json)")
-        rows[here] = numbers.to(rows.device)
+
+    rows = local_of(tensor)
+    if not shape:
+        values = stored[...]
+    else:
+        start, stop = rows_of_shard(len(tensor), *shard_of(tensor))
+        if place.expert is None:
+            values = stored[start:stop]
+        elif start <= place.expert < stop:  # FSDP cuts between experts
+            rows, values = place.within(rows, first=start), stored[:]
+        else:
+            return
+
+    if not is_finite(values):
+        raise InputError(f"{where} holds numbers that are not finite: the file is damaged, or the model is")
+    if is_full and not torch.equal(rows, values.to(rows)):
+        raise InputError(f"{where} differs from what it is tied to (tie_word_embeddings in config.json)")
+    rows.copy_(values)
+
+
+# --------------------------------------------------------------------------------------------------- writing
 
 
 @torch.no_grad()
 def export(policy: nn.Module, source: str, folder: str) -> None:
-    """Write the folder `source` again with the trained numbers in it: same files, names and dtypes, so
+    """Write the folder `source` again with the trained weights in it: same files, names and dtypes, so
     whatever loads one loads the other. Complete or absent, never half. Collective.
 
-    Rank 0 writes, and the others send it what they have, block by block: nobody holds more of the model than
-    his shard and a block.
+    All ranks gather one tensor after the other, and rank 0 writes it. So no rank holds more of the model
+    than its shard and one tensor; the largest, an embedding, has 2.5 GB at 72B.
     """
     is_writer, unfinished = dist.get_rank() == 0, f"{folder}.unfinished"
-    if is_writer:
-        with writing(unfinished):
-            shutil.rmtree(unfinished, ignore_errors=True)
-            os.mkdir(unfinished)
-            for name in os.listdir(source):  # configuration, tokenizer, chat template: byte for byte
-                if name.endswith((".json", ".jinja", ".txt", ".model")):
-                    shutil.copy(f"{source}/{name}", unfinished)
-
     tensors, stored_in = policy.model.state_dict(), weight_files(source)
     places = places_in(policy.model, itertools.chain(*stored_in.values()))
-    for path in progress(stored_in, "exporting", unit="file"):
-        if is_writer:
-            write_weights(tensors, places, f"{source}/{path}", f"{unfinished}/{path}")
-        elif is_of_first_copy(next(policy.parameters())):
-            send_weights(tensors, places, f"{source}/{path}")
 
-    if is_writer:
-        with writing(folder):  # a folder that is there and not empty is not replaced
-            os.sync()  # the name must not reach the disk before the content
-            os.rename(unfinished, folder)
-    dist.barrier()
+    with waiting_for_disks() as all_are_here:
+        if is_writer:
+            with writing(unfinished):
+                shutil.rmtree(unfinished, ignore_errors=True)
+                copy_text_files(source, unfinished)
+
+        for path in progress(stored_in, "exporting", unit="file"):
+            write_weights(tensors, places, f"{source}/{path}", f"{unfinished}/{path}", all_are_here)
+
+        if is_writer:
+            with writing(folder):  # a folder that is there and not empty is not replaced
+                os.sync()  # the name must not reach the disk before the content
+                os.rename(unfinished, folder)
+
+
+def copy_text_files(source: str, folder: str) -> None:
+    """Make a folder with the configuration, tokenizer and chat templates of `source`, byte for byte."""
+    os.mkdir(folder)
+    for name in text_files(source):
+        # An index of weights that are not loaded, and so not exported, would mislead other programs.
+        if name != INDEX or weights_or_index(source) == INDEX:
+            os.makedirs(os.path.dirname(f"{folder}/{name}"), exist_ok=True)
+            shutil.copy(f"{source}/{name}", f"{folder}/{name}")
 
 
 def read_header(path: str) -> tuple[bytes, dict[str, dict]]:
@@ -395,52 +440,49 @@ def read_header(path: str) -> tuple[bytes, dict[str, dict]]:
     return start + header, dict(sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]))
 
 
-def write_weights(tensors: dict[str, Tensor], places: dict[str, Place], source: str, path: str) -> None:
-    """Write a file of weights again, with the numbers of the model where it has them. On rank 0."""
+def write_weights(tensors: dict[str, Tensor], places: dict[str, Place], source: str, path: str,
+                  all_are_here: Callable[[], None]) -> None:
+    """Write a file of weights again, with the model's tensors in the place of those of the same names.
+
+    Collective: all ranks gather, and all but rank 0 have /dev/null for their file.
+    """
     header, stored = read_header(source)
+    is_writer = dist.get_rank() == 0
+
+    def gathered_as(name: str) -> tuple[str, str]:
+        return places[name].name, stored[name]["dtype"]
+
     with writing(path), open(source, "rb") as before:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "wb") as after:
+        if is_writer:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path if is_writer else os.devnull, "wb") as after:
             after.write(header)
-            for name, about in stored.items():
-                place, (start, end) = places[name], about["data_offsets"]
-                if place.name not in tensors:
-                    before.seek(len(header) + start)
+            present, whole = None, None
+            # Sorted, so that experts which are one tensor in the model are gathered once.
+            for name in sorted(stored, key=gathered_as):
+                start, end = stored[name]["data_offsets"]
+                before.seek(len(header) + start)
+                after.seek(len(header) + start)
+                if places[name].name not in tensors:  # the model has no use for it
                     after.write(before.read(end - start))
                     continue
-                for block in received_blocks(tensors[place.name], place, about["dtype"]):
-                    if not is_finite(block):
-                        raise InputError(f"{path}: not written, as {name} is no longer finite; "
-                                         "lower the --learning-rate")
-                    after.write(block.view(torch.uint8).numpy())
-        shutil.copymode(source, path)
+
+                if present != gathered_as(name):
+                    whole = values = None  # before the next one comes
+                    all_are_here()  # also the writer, who comes from its disk
+                    present = gathered_as(name)
+                    whole = gather(tensors[places[name].name], stored[name]["dtype"])
+                values = places[name].within(whole)
+                if not is_finite(values):
+                    raise InputError(f"{path}: not written, as {name} is no longer finite; "
+                                     "lower the --learning-rate")
+                if is_writer:
+                    after.write(values.cpu().reshape(-1).view(torch.uint8).numpy())
+        if is_writer:
+            shutil.copymode(source, path)
 
 
-def received_blocks(tensor: Tensor, place: Place, dtype: str) -> Iterator[Tensor]:
-    """The numbers of a stored tensor in its order, flat, in host memory. On rank 0."""
-    for shard, here, there in blocks_of(place, tensor):
-        if shard == 0:
-            yield to_be_stored(local_of(tensor)[here], dtype)
-            continue
-        shape = place.shape(tensor)
-        count = (there.stop - there.start) * math.prod(shape[1:])
-        block = torch.empty(count, dtype=FLOATS[dtype])
-        dist.recv(block, shard)  # of the first copy, whose shards are numbered like the ranks
-        yield block
-
-
-def send_weights(tensors: dict[str, Tensor], places: dict[str, Place], source: str) -> None:
-    """What `received_blocks` waits for while a file is written, from this rank."""
-    for name, about in read_header(source)[1].items():
-        place = places[name]
-        if place.name not in tensors:
-            continue
-        tensor = tensors[place.name]
-        for shard, here, _ in blocks_of(place, tensor):
-            if shard > 0 and shard == shard_of(tensor)[0]:
-                dist.send(to_be_stored(local_of(tensor)[here], about["dtype"]), 0)
-
-
-def to_be_stored(numbers: Tensor, dtype: str) -> Tensor:
-    """Flat and in host memory. Cast before they are sent: two bytes are fewer than four."""
-    return numbers.to("cpu", FLOATS.get(dtype, numbers.dtype)).reshape(-1)
+def gather(tensor: Tensor, dtype: str) -> Tensor:
+    """All of a tensor, on each rank of a copy of the model, in the dtype of a file. Collective."""
+    tensor = tensor.to(FLOATS.get(dtype, tensor.dtype))  # before it is sent: two bytes, not four
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

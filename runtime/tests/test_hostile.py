@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import stepdpo
@@ -60,6 +61,10 @@ class Place:
 
     def edit_rows(self, **changes) -> None:
         write_jsonl(self.folder / "pairs.jsonl", [row | changes for row in make_rows(8)])
+
+    def held_out(self) -> str:
+        """A file with other pairs."""
+        return write_jsonl(self.folder / "held_out.jsonl", make_rows(16)[8:])
 
 
 @pytest.fixture
@@ -109,119 +114,29 @@ def refused(place: Place, message: str, monkeypatch, capsys, *more: str) -> None
     assert tree(place.folder) == before
 
 
-# ----------------------------------------------------------------------------------------- flags, recipes
+# ------------------------------------------------------------------------------- flags and rows, with one line
 
-FLAGS = [
-    (["--warmup-ratio=5"], "must be from 0 to 1, got 5"),
-    (["--warmup-ratio=-0.1"], "must be from 0 to 1"),
-    (["--warmup-ratio=nan"], "must be from 0 to 1, got nan"),
-    (["--learning-rate=inf"], "must be above 0, got inf"),
-    (["--learning-rate=0"], "must be above 0"),
-    (["--learning-rate="], "invalid float value: ''"),
-    (["--beta=-1"], "must be above 0"),
-    (["--beta=1e999"], "must be above 0, got 1e999"),
-    (["--batch-size=0"], "must be above 0"),
-    (["--batch-size=1.5"], "invalid int value: '1.5'"),
-    (["--batch-size=" + "9" * 5000], "invalid int value"),
-    (["--epochs=0"], "must be above 0"),
-    (["--epochs=-3"], "must be above 0"),
-    (["--epochs=" + "9" * 300], r"must be above 0 and at most 10\^12"),
-    (["--max-length=0"], "must be above 0"),
+WORDS = [  # flags, and what is said of them or of what they name; test_flags.py and test_rows.py have more
+    (["--beta=zero"], "invalid float value: 'zero'"),
+    (["@nowhere"], "nowhere: No such file"),
     (["--max-length=1"], "no pair of 8 is left: 8 longer than --max-length 1"),
-    (["--max-steps=x"], "invalid int value: 'x'"),
-    (["--seed=-1"], "must be at least 0"),
-    (["--eval-every=0"], "must be above 0"),
-    (["--save-every=-1"], "must be at least 0"),
     (["--tokens-per-micro-batch=1"], r"pairs.jsonl:\d: takes \d+ tokens, more than --tokens-per-micro-batch 1"),
-    (["--timeout=0"], "must be above 0"),
-    (["--timeout=1e300"], "must be above 0 and at most 1000000"),
-    (["--eval-data=0.0"], "must be a file or above 0 and below 1"),
-    (["--eval-data=1.5"], "must be a file or above 0 and below 1"),
+    (["--data=nowhere.jsonl"], "nowhere.jsonl: No such file"),
     (["--eval-data=0.000001"], "leaves 8 of 8 pairs to train on"),
     (["--eval-data=nowhere.jsonl"], "nowhere.jsonl: No such file"),
-    (["--eval-data="], "must be more than nothing"),
     (["--test-problems=nowhere.jsonl"], "nowhere.jsonl: No such file"),
-    (["--template=chatml"], "invalid choice: 'chatml'"),
-    (["--span=token"], "invalid choice: 'token'"),
-    (["--dtype=float8"], "invalid choice: 'float8'"),
-    (["--output-dir="], "must be more than nothing"),
-    (["--model="], "must be more than nothing"),
-    (["--data="], "must be more than nothing"),
-    (["--reference="], "must be more than nothing"),
-    (["--test-problems="], "must be more than nothing"),
-    (["--data"], "expected at least one argument"),
-    (["--unknown=1"], "unrecognized arguments"),
-    (["--learn=1"], "unrecognized arguments"),
-    (["pairs.jsonl"], "unrecognized arguments"),
-    (["--no-dtype"], "unrecognized arguments"),
-    (["--offload=yes"], "--offload: invalid choice: 'yes'"),
 ]
 
 
-@pytest.mark.parametrize("flags, message", FLAGS, ids=lambda x: " ".join(x)[:40] if isinstance(x, list) else "")
-def test_flags(place, flags, message, monkeypatch, capsys):
-    refused(place, message, monkeypatch, capsys, *flags)
+@pytest.mark.parametrize("words, message", WORDS, ids=lambda x: x[0] if isinstance(x, list) else "")
+def test_flags(place, words, message, monkeypatch, capsys):
+    refused(place, message, monkeypatch, capsys, *words)
 
-
-RECIPES = {
-    "missing": (None, "recipe: No such file"),
-    "not text": (b"--beta 0.1\n\xff\xfe\x00", "recipe:2: .*can't decode byte"),
-    "open quotation": ("--seed 1\n--instruction 'no end", "recipe:2: No closing quotation"),
-    "includes itself": ("--seed 1\n@RECIPE", "recipe: includes itself"),
-    "includes what includes it": ("@RECIPE2", "recipe: includes itself"),
-    "unknown flag": ("--nope 1", "unrecognized arguments"),
-    "bad value": ("--beta zero", "invalid float value: 'zero'"),
-    "a null byte": (b"--seed 1\n--instruction a\x00b", "recipe:2: a null byte"),
-}
-
-
-@pytest.mark.parametrize("case", RECIPES)
-def test_recipes(place, case, monkeypatch, capsys):
-    content, message = RECIPES[case]
-    recipe, other = place.folder / "recipe", place.folder / "recipe2"
-    if content is not None:
-        content = content if isinstance(content, bytes) else content.encode()
-        recipe.write_bytes(content.replace(b"RECIPE2", bytes(other)).replace(b"RECIPE", bytes(recipe)))
-    other.write_text(f"@{recipe}")
-    refused(place, message, monkeypatch, capsys, f"@{recipe}")
-
-
-def test_a_recipe_may_begin_with_a_byte_order_mark(place):
-    recipe = place.write("recipe", b"\xef\xbb\xbf--beta 0.25 # as Windows' editors write it\r\n")
-    assert stepdpo.parse([*place.words(), f"@{recipe}"]).beta == 0.25
-
-
-# ---------------------------------------------------------------------------------------------- rows of pairs
 
 ROWS = {  # content of pairs.jsonl, or changes to all its rows
-    "empty file": (b"", "pairs.jsonl: holds no rows"),
-    "blank lines": (b"\n \n", "pairs.jsonl: holds no rows"),
-    "not JSON": (b"{'a': 1}\n", "pairs.jsonl:1: not valid JSON"),
     "torn": (b'{"a": 1}\n{"a": ', "pairs.jsonl:2: not valid JSON"),
-    "a list": (b"[1]\n", "pairs.jsonl:1: must be a JSON object, got list"),
-    "null": (b"null\n", "pairs.jsonl:1: must be a JSON object, got NoneType"),
-    "UTF-16": ('{"a": 1}\n'.encode("utf-16"), "pairs.jsonl:1: not UTF-8"),
-    "Latin-1": ('{"prompt": "é"}\n'.encode("latin-1"), "pairs.jsonl:1: not UTF-8"),
-    "null bytes": (b"\0" * 100, "pairs.jsonl:1: not valid JSON"),
-    "thousands of brackets": (b"[" * 100_000 + b"\n", "pairs.jsonl:1: not a row"),
-    "a number without end": (b'{"a": ' + b"9" * 10_000 + b"}\n", "pairs.jsonl:1: "),
-    "of another kind": (b'{"question": "q", "answer": "a"}\n', "has no field 'prompt'"),
-    "chosen missing": (dict(chosen=None), "8 of 8 rows .* 'chosen' must be text, got NoneType"),
-    "chosen a number": (dict(chosen=3), "'chosen' must be text, got int"),
-    "chosen a list": (dict(chosen=["a"]), "'chosen' must be text, got list"),
+    "chosen null": (dict(chosen=None), "8 of 8 rows .* 'chosen' must be text, got NoneType"),
     "chosen empty": (dict(chosen=""), "8 of 8 rows .* more than a fifth: 8 'chosen' is empty"),
-    "rejected blank": (dict(rejected=" \n\t"), "'rejected' is empty"),
-    "both equal": (dict(chosen=" a", rejected="a "), "'chosen' equals 'rejected'"),
-    "prompt empty": (dict(prompt=""), "'prompt' is empty"),
-    "prompt an object": (dict(prompt={"role": "user"}), "'prompt' must be text, got dict"),
-    "prompt of two messages": (dict(prompt=[{"role": "user", "content": "a"}] * 2), "one message of the user"),
-    "prompt of the system": (dict(prompt=[{"role": "system", "content": "a"}]), "one message of the user"),
-    "prompt without content": (dict(prompt=[{"role": "user"}]), "'prompt' must be text, got NoneType"),
-    "prompt of nothing": (dict(prompt=[]), "one message of the user"),
-    "prompt of numbers": (dict(prompt=[1]), "one message of the user"),
-    "steps missing": (dict(initial_reason_steps=None), "'initial_reason_steps' must be text"),
-    "steps a list": (dict(initial_reason_steps=["Step 1:"]), "'initial_reason_steps' must be text"),
-    "half a character": (dict(rejected="\ud83d"), "'rejected' has half a character"),
 }
 
 
@@ -235,38 +150,19 @@ def test_rows(place, case, monkeypatch, capsys):
     refused(place, message, monkeypatch, capsys)
 
 
-DATA = {  # what --data names, and what that is
-    "a pipe": ("pipe.jsonl", "pipe", "pipe.jsonl: is not a file, but a pipe or a device"),
-    "a device": ("zero.jsonl", "device", "zero.jsonl: is not a file, but a pipe or a device"),
-    "a folder": ("folder.jsonl", "mkdir", "folder.jsonl: Is a directory"),
-    "a dangling link": ("link.jsonl", "link", "link.jsonl: No such file"),
-    "of no known kind": ("pairs.csv", b"a,b\n", "must be a .jsonl, .json or .parquet file or a hub dataset"),
-    "JSON lines called .json": ("pairs.json", b'{"a": 1}\n{"a": 2}\n', "pairs.json:2: not valid JSON"),
-    "one object": ("pairs.json", b'{"a": 1}', "must be one JSON list of rows, got dict"),
-    "an empty list": ("pairs.json", b"[]", "holds no rows"),
-}
-
-
-@pytest.mark.parametrize("case", DATA)
-def test_data(place, case, monkeypatch, capsys):
-    name, content, message = DATA[case]
-    if content == "mkdir":
-        (place.folder / name).mkdir()
-    elif content in ("link", "device"):
-        (place.folder / name).symlink_to("nowhere" if content == "link" else "/dev/zero")
-    elif content == "pipe":
-        os.mkfifo(place.folder / name)
-    else:
-        place.write(name, content)
-    place.flags["data"] = place.folder / name
-    refused(place, message, monkeypatch, capsys)
-
-
 # ---------------------------------------------------------------------------------------------- model folders
 
 
 def never_ending() -> str:
     return "{{ messages[0]['content'] }}" + "{% for a in range(10) %}{{ a.b.c }}{% endfor %}"
+
+
+def other_model(place: Place, **changes) -> None:
+    """Another model in the folder, beside the same tokenizer."""
+    folder = place.folder / "model"
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.update(changes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 MODELS = {
@@ -347,6 +243,10 @@ MODELS = {
                         "its chat template changes or drops the problem"),
     "template is nosy": (lambda p: p.write(
         "model/chat_template.jinja", "{{ messages.__class__.__mro__[1].__subclasses__() }}"), "template fails"),
+    "fewer embeddings than tokens": (lambda p: other_model(p, vocab_size=150), r"pairs.jsonl:\d: has token \d+, but .*model has 150 embeddings"),
+    "reference of another vocabulary": (lambda p: (shutil.copytree(p.source, p.folder / "reference"), p.write(
+        "reference/tokenizer.json", (p.folder / "model/tokenizer.json").read_text().replace('"<s>"', '"<t>"')),
+        p.flags.update(reference=p.folder / "reference")), "--reference .*: its vocabulary is not that of"),
     "reference nowhere": (lambda p: p.flags.update(reference="/nowhere/at/all"), "/nowhere/at/all: no such"),
 }
 
@@ -442,6 +342,13 @@ def goes_on(place: Place, monkeypatch, capsys) -> str:
     return out
 
 
+def forget_a_flag(place: Place, name: str) -> None:
+    """Make run.json like one of an older trainer, which had no such flag."""
+    config = json.loads((place.folder / "out/run.json").read_text())["config"]
+    del config[name]
+    place.edit_json("out/run.json", config=config)
+
+
 CHECKPOINT = "out/checkpoints/step-000003"
 HARMLESS = {
     "nothing": lambda p: None,
@@ -457,6 +364,7 @@ HARMLESS = {
         "out/checkpoints/step-000004/state.json", json.dumps({"sha256": {"weights.0.safetensors": "0"}})),
     "other things beside it": lambda p: p.write("out/checkpoints/best/weights", "mine"),
     "checkpoints gone": lambda p: shutil.rmtree(p.folder / "out/checkpoints"),
+    "a record from before a flag was there": lambda p: forget_a_flag(p, "nll_weight"),
     "all gone": lambda p: shutil.rmtree(p.folder / "out"),
     "the data moved": lambda p: (shutil.move(p.folder / "pairs.jsonl", p.folder / "moved.jsonl"),
                                  p.flags.update(data=p.folder / "moved.jsonl")),
@@ -508,6 +416,8 @@ DAMAGED = {
                                    "out/model: is not of a run"),
     "a state torn": (lambda p: os.truncate(p.folder / CHECKPOINT / "state.json", 30), "state.json:1: not valid"),
     "another flag": (lambda p: p.flags.update(beta=0.3), "another --beta 0.4 -> 0.3"),
+    "another value of a flag that was not there yet": (
+        lambda p: (forget_a_flag(p, "nll_weight"), p.flags.update({"nll-weight": 0.5})), "another --nll-weight 0.0 -> 0.5"),
     "another schedule": (lambda p: p.flags.update({"max-steps": 9}), "another --max-steps 4 -> 9"),
     "another row": (lambda p: p.edit_rows(chosen=" So we get 5."), "content of --data"),
     "another number in a norm": (lambda p: p.edit_weights("model.norm.weight", lambda w: w + torch.eye(len(w))[3]),
@@ -516,7 +426,7 @@ DAMAGED = {
                                    "content of --model"),
     "another template": (lambda p: p.write("model/chat_template.jinja", "{{ messages[0]['content'] }}:"),
                          "content of --data"),
-    "held-out pairs": (lambda p: p.flags.update({"eval-data": p.folder / "pairs.jsonl"}), "content of --eval-data"),
+    "held-out pairs": (lambda p: p.flags.update({"eval-data": p.held_out()}), "content of --eval-data"),
     "a reference": (lambda p: p.flags.update(reference=p.source), "content of --reference"),
     "no --resume": (lambda p: None, "already holds a run; continue it with --resume"),
 }
@@ -560,7 +470,7 @@ def test_links_are_not_followed_when_files_are_written(place, monkeypatch, capsy
 
 def test_a_second_start_waits_for_nobody(place, monkeypatch, capsys):
     (place.folder / "out").mkdir()
-    code = ("import files, sys, time; held = files.lock(sys.argv[1]); print('held', flush=True); time.sleep(60)")
+    code = ("import sys, time; from runtime.files import lock; held = lock(sys.argv[1]); print('held', flush=True); time.sleep(60)")
     holder = subprocess.Popen([sys.executable, "-c", code, place.folder / "out/.lock"], cwd=HERE,
                               stdout=subprocess.PIPE, env=ENVIRONMENT)
     try:
@@ -636,7 +546,7 @@ def test_a_disk_without_room_for_the_model_is_refused_at_once(place, monkeypatch
 
 
 def test_numbers_that_are_no_longer_finite_are_not_exported(place, monkeypatch, capsys):
-    place.flags |= {"max-steps": 1, "learning-rate": 1e38, "eval-data": place.folder / "pairs.jsonl"}
+    place.flags |= {"max-steps": 1, "learning-rate": 1e38, "eval-data": place.held_out()}
     status, _, err = start(place.words(), monkeypatch, capsys)
     assert status == 2 and re.search("step 1: held-out loss nan; nothing was exported", err)
     place.flags |= {"eval-data": None, "output-dir": place.folder / "again"}
@@ -672,7 +582,8 @@ def test_code_that_comes_with_a_model_is_not_run(place, monkeypatch, capsys):
 
 WITH_TROUBLE = """import os, sys, time
 sys.path.insert(0, {here!r})
-import files, stepdpo
+import stepdpo
+from runtime.messages import InputError
 train_step, rank = stepdpo.train_step, os.environ["RANK"]
 def with_trouble(step, *others):
     if step == 1 and rank == "1":
@@ -689,13 +600,15 @@ def start_two(place: Place, trouble: str, *more: str) -> subprocess.Popen:
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT)
 
 
+@pytest.mark.slow
 def test_a_mistake_that_one_rank_meets_is_said_once(place):
-    child = start_two(place, "raise files.InputError('the disk of this node is odd')")
+    child = start_two(place, "raise InputError('the disk of this node is odd')")
     output, _ = child.communicate(timeout=100)
     assert child.returncode != 0 and output.count("stepdpo.py: error: the disk of this node is odd\n") == 1, output
     assert 'trouble.py", line' not in output  # no stack trace of ours
 
 
+@pytest.mark.slow
 def test_a_mistake_that_all_ranks_meet_is_said_once(place):
     place.write("pairs.jsonl", "{")
     child = start_two(place, "pass")
@@ -703,6 +616,7 @@ def test_a_mistake_that_all_ranks_meet_is_said_once(place):
     assert output.count("pairs.jsonl:1: not valid JSON") == 1 and 'trouble.py", line' not in output, output
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_an_error_in_the_end(place):
     child = start_two(place, "time.sleep(1000)", "--timeout=0.05")
     output = ""
@@ -714,6 +628,7 @@ def test_a_rank_that_hangs_is_an_error_in_the_end(place):
     assert "error: waited in vain for another process" in output, output
 
 
+@pytest.mark.slow
 def test_nobody_writes_on_when_torchrun_is_gone(place):
     child = start_two(place, "time.sleep(1000)")
     while "loading" not in child.stdout.readline():
@@ -790,7 +705,7 @@ def test_what_works(place, case, monkeypatch, capsys):
 def test_weights_in_a_folder_of_the_model_count_too(place, monkeypatch, capsys):
     place.flags |= STEPS
     in_shards(place)
-    monkeypatch.setattr(stepdpo.storage, "export", lambda *_: None)
+    monkeypatch.setattr(stepdpo.weights, "export", lambda *_: None)
     assert start(place.words(), monkeypatch, capsys)[0] == 0
     path = place.folder / "model/a/model.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
@@ -798,9 +713,7 @@ def test_weights_in_a_folder_of_the_model_count_too(place, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name, value", [("RANK", "0"), ("RANK", "x")])
-def test_an_environment_that_torchrun_did_not_make(place, name, value, monkeypatch, capsys):
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def test_an_environment_that_torchrun_did_not_make(place, no_process_group, name, value, monkeypatch, capsys):
     monkeypatch.setenv(name, value)
     refused(place, f"{name}.* in the environment must be", monkeypatch, capsys)
 
@@ -810,3 +723,11 @@ def test_an_old_locale_ends_no_run(place):
     ended = subprocess.run([sys.executable, HERE / "stepdpo.py", *place.words()], capture_output=True,
                            env=ENVIRONMENT | {"PYTHONIOENCODING": "ascii"}, timeout=100)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_errors_reach_the_terminal_as_one_line(place):
+    place.write("pairs.jsonl", "{")
+    ended = subprocess.run([sys.executable, HERE / "stepdpo.py", *place.words()], capture_output=True, text=True,
+                           env=ENVIRONMENT, timeout=100)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith(f"stepdpo.py: error: {place.folder}/pairs.jsonl:1: not valid JSON")
