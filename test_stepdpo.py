@@ -1,9 +1,9 @@
 """The specification of stepdpo.py, kernels.py and data.py, in the order of their code. It runs on a CPU.
 
-The loss; log-probabilities without logits; attention without masks; from text to token ids; which pairs go into
-which batch, and how they are packed; the policy; training, and what it must equal. Each test names the
-rule it protects. Tests that need a GPU skip visibly without one, and those that take long run by
-`pytest -m slow`. What a run needs around the method has its tests in runtime/tests/.
+The loss; log-probabilities without logits; attention without masks; from text to token ids; which pairs go
+into which batch, and how they are packed; the policy; training, and what it must equal. Each test names the
+rule it protects. Tests that need a GPU skip visibly without one, and those that take long run by `pytest -m
+slow`. What a run needs around the method has its tests in runtime/tests/.
 """
 
 import argparse

@@ -4,6 +4,7 @@ Nothing approximates: 0.0005 is not 0.001, 50 is not 0.5, [0,1) is not (0,1), an
 before its answer has none.
 """
 
+import functools
 import importlib.util
 import json
 import math
@@ -17,41 +18,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from fractions import Fraction
 
-
-def extract_answer(solution: str) -> str | None:
-    r"""The last \boxed{...}, braces matched; else what follows the last "answer is" or "####" on its line."""
-    boxes = list(re.finditer(r"\\(?:boxed|fbox)\s*(\{?)", solution))
-    if boxes:
-        rest = solution[boxes[-1].end():]
-        has_brace = boxes[-1][1]
-        if has_brace:
-            return _up_to_matching_brace(rest)
-        words = rest.split()
-        return words[0].strip("$.,") or None if words else None
-
-    marks = list(re.finditer(r"answer is\b|####", solution, re.I))
-    if not marks:
-        return None
-    line = solution[marks[-1].end():].split("\n")[0].strip(" \t:*")
-    first_sentence = re.split(r"[.!?](?:\s|$)", line)[0]
-    return first_sentence.strip(" \t*") or None
-
-
-def _up_to_matching_brace(text: str) -> str | None:
-    depth = 1
-    for token in re.finditer(r"\\.|[{}]", text, re.S):
-        if token[0] == "{":
-            depth += 1
-        elif token[0] == "}":
-            depth -= 1
-        if depth == 0:
-            return text[:token.start()].strip() or None
-    return None  # cut off inside the box
-
+from .extraction import ABOUT, extract_answer
+from .units import LONG_UNITS, unit_of
 
 # Longer answers, which nobody writes, are compared as plain text: no rule below must be fast on hostile ones.
 LONGEST = 300
 SECONDS = 15  # for all formulas of one answer together
+cached = functools.lru_cache(maxsize=1000)  # because each member of a list is compared with each of another
 
 
 def is_correct(solution: str, answer: str) -> bool:
@@ -63,41 +36,82 @@ def is_correct(solution: str, answer: str) -> bool:
         return _chosen_letter(guess) == _chosen_letter(answer)
     if max(len(guess), len(answer)) > LONGEST:
         return _squeezed(guess) == _squeezed(answer)
-    return _same(_rewritten(guess), _rewritten(answer), time.monotonic() + SECONDS)
+    left, right = _like(guess, answer), _like(answer, guess)
+    return _same(_rewritten(left), _rewritten(right), time.monotonic() + SECONDS)
+
+
+def _like(text: str, other: str) -> str:
+    """100,200,300 is a number; beside the list 100, 200, 300 it is a list too."""
+    may_be_both = re.fullmatch(r"\d{1,3}(?:,[1-9]\d\d)+", text.strip(" $"))
+    if may_be_both and len(_listed(_rewritten(other))) > 1:
+        return text.replace(",", ", ")
+    return text
 
 
 def _without_markup(text: str) -> str:
+    text = re.sub(r"\\(?:[,;: ]|q?quad)", " ", text)
     return re.sub(r"\\text\w*|\\math\w+|\\mbox|[{}$*]", "", text).strip()
 
 
+# A letter that is chosen, and a second one next to it ("A, C", "(A) or (C)") or further on ("A) 3, C) 5").
+LETTER = re.compile(r"\(([A-Ea-e])\)|([A-E])(?=\s*[).:,(]| is\b| - |$)|([a-e])(?=\)|$)")
+NEXT_LETTER = re.compile(r"[\s().:,;/&]*(?:(?:and|or|to|option|choice)\b[\s,]*)*(?:\([A-Ea-e]\)|[A-HJ-Z]\)?)"
+                         r"(?=\s*(?:[).:,;/&]|(?:and|or)\b|$))")
+FURTHER_LETTER = re.compile(r"(?<!\w)\([A-E]\)|[,;] ?[A-E]\)")
+
+
 def _chosen_letter(guess: str) -> str | None:
-    """"B" of "(B)", "B) 12 km", "option B", "b"; None of "A train"."""
-    bare = re.sub(r"^(?:option|choice)\b", "", _without_markup(guess), flags=re.I).strip()
-    letter = re.match(r"\(([A-Ea-e])\)|([A-E])(?=\s*[).:,]|$)|([a-e])$", bare)
-    return letter[letter.lastindex].upper() if letter else None
+    """"B" of "(B)", "B) 12 km", "option B", "b"; None of "A train" and of "A, B, C"."""
+    bare = _without_markup(guess)
+    bare = re.sub(r"^(?:the )?(\(?)(?:option|choice|answer|letter)\b ?", r"\1", bare, flags=re.I).strip()
+    letter = LETTER.match(bare)
+    if not letter:
+        return None
+    rest = bare[letter.end():]
+    if NEXT_LETTER.match(rest) or FURTHER_LETTER.search(rest):
+        return None
+    return letter[letter.lastindex].upper()
 
 
 # ----------------------------------------------------------------------------------- one way to write a value
 
 
-# One unit a string: the name it is compared by, then its other names.
-UNITS = {name: names.split()[0] for names in (
-    "mm millimeter millimetre", "cm centimeter centimetre", "m meter metre", "km kilometer kilometre",
-    "in inch inches", "ft foot feet", "yd yard", "mi mile", "mg milligram", "g gram", "kg kilogram",
-    "oz ounce", "lb pound", "ml milliliter millilitre", "l liter litre", "gal gallon",
-    "s sec second", "min minute", "h hr hour", "day", "week", "month", "yr year",
-    "degree deg", "c celsius", "f fahrenheit", "dollar", "cent", "unit", "th st nd rd",
-) for name in names.split()} | {"mph": "mi h", "kmh": "km h", "kph": "km h", "kmph": "km h"}
-LONG_UNITS = "|".join(name for name in UNITS if len(name) > 1)
 DEGREE = r"(?:\^ ?\{? ?\\circ ?\}?|\\degree(?![a-zA-Z])|\u00b0)"
+CURRENCIES = {"$": "dollars", "\u20ac": "euros", "\u00a3": "pounds", "\u20b9": "rupees", "\u00a5": "yen",
+              "\u00a2": "cents"}
+SYMBOLS = "".join(CURRENCIES)
+# "5 million" is another number than 5, not 5 of some unit.
+MULTIPLES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
+             "trillion": 10**12, "lakh": 10**5, "lac": 10**5, "crore": 10**7}
+MULTIPLE = f"(?:{'|'.join(MULTIPLES)})s?(?![a-zA-Z])"
 
 
 def _without_separators(found: re.Match) -> str:
     return re.sub("[, ]", "", found[0])
 
 
+def _currency_last(found: re.Match) -> str:
+    """"5 dollars" of "$5"; "-2 million euros" of "-\u20ac2 million"."""
+    sign, symbol, number = found.groups()
+    return f"{sign}{number} {CURRENCIES[symbol]}"
+
+
+def _multiplied(found: re.Match) -> str:
+    """"2500000" of "2.5 million"."""
+    number, *words = found[0].split()
+    return str(Fraction(number) * math.prod(MULTIPLES[word.removesuffix("s")] for word in words))
+
+
+BRACED = r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"  # {...}, with braces two deep in it
+COLOUR = r"(?: ?\[\w+\])? ?\{[^{}]*\}"
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\s+", " "),
+    (r"<<[^<>]*>>", ""),  # GSM8K's calculator: 9*2 = <<9*2=18>>18
+    # Colour and other ornament: \color{red}{18}, {\color{red} 18}, \underline{18}, \large 18.
+    (rf"\\(?:(?:text)?color{COLOUR}|colorbox{COLOUR}|underline|boldsymbol|bm) ?{BRACED}", r" \1 "),
+    (rf"\{{ ?\\color{COLOUR}((?:[^{{}}]|{BRACED})*)\}}", r" \1 "),
+    (rf"\\color{COLOUR}|\\(?:[lL]arge|LARGE|[hH]uge|therefore)(?![a-zA-Z])", " "),
+    (r"^ ?\{([^{},]*)\} ?$", r"\1"),
     # \\ ends a row of a matrix. It gets TeX's other name, so that the rules for "\ " and "\[" do not see it.
     (r"\\\\(?: ?\[[\d.]+ ?[a-z]{2}\])?", r" \\cr "),
     # Marks and spaces without a meaning. The comma of 1,\!234 and 1{,}234 is no comma of a list.
@@ -109,13 +123,19 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\\begin ?\{array\} ?\{[^{}]*\}", r"\\begin{array}"),
     (rf"{DEGREE} *([CF])(?![a-zA-Z])", r" degrees \1"),
     (DEGREE, " "),
-    (r"^ ?\$ ?(-?[\d.,]+)$", r"\1 dollars"),
-    (r"\$", ""),
+    # Currencies go behind their number. The dollars of $x$ have no meaning.
+    (r"\bRs\.? ?(?=\d)", "\u20b9"),
+    (r"\bUSD?(?: ?\$| (?=\d))", "$"),
+    (rf"^ ?(-?)([{SYMBOLS}]) ?(-?[\d.,]+(?: {MULTIPLE})*)(?=$| ?/| [a-zA-Z]{{2}}| a )(?![^$]*\$)",
+     _currency_last),
+    (r"(?<=\d) ?([\u20ac\u00a3\u20b9\u00a5\u00a2])", lambda found: " " + CURRENCIES[found[1]]),
+    (rf"[{SYMBOLS}]", ""),
     # Signs that are written in several ways.
     (r"[\u2212\u2013]", "-"),
+    (r"\u2019", "'"),
     (r"\u00b2", "^2"),
     (r"\u00b3", "^3"),
-    (r"\u03c0", r"\\pi "),
+    (r"\u03c0|(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "),
     (r"\u221e", r"\\infty "),
     (r"\u222a", r"\\cup "),
     (r"\u2208", r"\\in "),
@@ -123,7 +143,17 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\u2264|<=|\\leq?(?:slant)?(?![a-zA-Z])", r"\\le "),
     (r"\u2265|>=|\\geq?(?:slant)?(?![a-zA-Z])", r"\\ge "),
     (r"\u2260|\\neq?(?![a-zA-Z])", r"\\ne "),
-    (r"\u00d7|\\cdot(?![a-zA-Z])|\\times", "*"),
+    (rf"\u2248|\\sim(?:eq)?(?![a-zA-Z])|(?<![\\a-zA-Z])\(?{ABOUT}\)? +(?=[-\d.\\])", r"\\approx "),
+    (r"\u2261", r"\\equiv "),
+    (r"\u00d7|\\cdot(?![a-zA-Z])|\\times|(?<=\d) x (?=\d)", "*"),
+    (r"\u2236|\\colon(?![a-zA-Z])|\\mathbin ?\{ ?: ?\}", ":"),
+    (r"\( *\\?b?mod(?:ulo)? *([^()]*)\)|\\p?mod(?![a-zA-Z]) ?\{? ?(\d+) ?\}?", r" mod \1\2"),
+    # Words: 10 a.m., 5 per cent, 18 (apples), 2 and a half.
+    (r"\b([ap])\.m\b\.?", r"\1m"),
+    (r"\bper cent\b", "percent"),
+    (r"(?<=[\d}]) \( ?([a-zA-Z][a-zA-Z' .-]*)\)$", r" \1"),
+    (r"(?<=\d) and (?:a|one) half(?![a-zA-Z])", " 1/2"),
+    # Sets and lists.
     (r"\\varnothing", r"\\emptyset"),
     (r"\\mathbb ?(?:R|\{ ?R ?\})", r"(-\\infty,\\infty)"),
     (r"^([^,]*)\\pm([^,]*)$", r"\1+\2,\1-\2"),
@@ -137,6 +167,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"(^|[(\[,=&]) ?\\frac ?\{ ?- ?((?:[^{}+-]|\{[^{}]*\})*)\}", r"\1-\\frac{\2}"),
     (r"(?<![\d.,(\[{])\d{1,3}(?:,\d{3})+(?![\d,])", _without_separators),  # 1,234, but not (1,234)
     (r"(?<![\d.,_^])\d{1,3}(?: \d{3})+(?!\d| ?/)", _without_separators),
+    (rf"(?<![\w.])\d{{1,60}}(?:\.\d{{1,60}})?(?: {MULTIPLE})+", _multiplied),
     (rf"(?<=\d)(?=(?:{LONG_UNITS})s?(?![a-zA-Z]))", " "),  # 5cm, but not 2x
     (r"\s+", " "),
 )]
@@ -149,12 +180,19 @@ def _rewritten(text: str) -> str:
     return text.strip()
 
 
+@cached
 def _squeezed(text: str) -> str:
     """Without case and spaces; but one between digits stays, for 1 1/2 is not 11/2."""
     text = " ".join(text.lower().split())
     return re.sub(r"(?<!\d) | (?!\d)", "", text)
 
 
+@cached
+def _singular(text: str) -> str:
+    return re.sub(r"(?<=[a-z]{3})s\b", "", text)  # 7 apple is 7 apples
+
+
+@cached
 def _number(text: str) -> Fraction | None:
     """The exact value of an integer, decimal, fraction, mixed number or a * b^c; None for anything else."""
     n = r"(-?(?:\d{1,60}\.?\d{0,60}|\.\d{1,60}))"  # bounded, because longer ones take long
@@ -178,37 +216,24 @@ def _number(text: str) -> Fraction | None:
     return Fraction(ratio[1]) / below if below else None
 
 
-# "5 million" is another number than 5, not 5 of some unit.
-NOT_UNITS = {"dozen", "score", "hundred", "thousand", "million", "billion", "trillion", "half", "third",
-             "quarter", "dozens", "hundreds", "thousands", "millions", "thirds", "sin", "cos", "tan", "log",
-             "or", "and", "not"}
-
-
 def _split_unit(text: str) -> tuple[str, str]:
-    """("12.5", "h mi") of "12.5 miles per hour"; ("5 million", "") of "5 million"."""
-    unit = r"(?:[a-zA-Z]{2,}|[mghslL])(?:[ /]+[a-zA-Z]+){0,3}(?: ?\^ ?[23])?"
-    end = r"(?:\d|\\pi(?=[)}]* (?:[ckm]m|[a-zA-Z]{3})))[)}]*"  # 2\pi rh is a product
-    found = re.fullmatch(rf"(.*{end})(?: ?(%|percent)| ({unit}))", text)
-    if not found or NOT_UNITS & set(found[0].lower().split()):
+    """("12.5", "h^-1 mi^1") of "12.5 miles per hour"; ("20 more than Tom", "") of itself."""
+    modulus = re.fullmatch(r"(\d{1,60}) ?(?:\\b)?mod (\d{1,60})", text)
+    if modulus and int(modulus[1]) < int(modulus[2]):
+        return modulus[1], f"mod {modulus[2]}"
+
+    end = r"(?:\d|\\pi(?=[)}]* (?:[ckm]m|[a-zA-Z]{2})))[)}]*"  # 2\pi r is a product
+    found = re.fullmatch(rf"(.*{end})(?: ?(%)| ([a-zA-Z].*))", text)
+    if not found:
         return text, ""
-    return found[1], _unit(found[3] or "%")
-
-
-def _unit(words: str) -> str:
-    """"2 ft" of "square feet" and "ft^2", "h mi" of "miles per hour" and "mph": their order is lost."""
-    words = re.sub(r"\bper\b", "", words.lower())
-    words = re.sub(r"\b(?:square|sq)\b", "2", words)
-    words = re.sub(r"\bcubic\b", "3", words)
-    names = []
-    for word in re.findall(r"[a-z]+|[23%]", words):
-        singular = word.rstrip("s")
-        names.append(UNITS.get(word) or UNITS.get(singular, singular))
-    return " ".join(sorted(" ".join(names).split()))
+    number = _number(found[1])
+    unit = unit_of(found[2] or found[3], number)
+    return (text, "") if unit is None else (found[1], unit)
 
 
 # What "=" gives a value to: x, AB, \theta, a_{10}, f(2), A^{-1}, (x,y). With 2x or x+y it is an equation.
 NAME = re.compile(r"((?:[a-zA-Z' ]|\\[a-zA-Z]+(?![a-zA-Z])|_(?:\d+|\w|\{[^{}]*\})|\^\{-1\}|\([\w, ]*\))*?)"
-                  r" ?(?:=|\\(?:in|approx)(?![a-zA-Z])) ?")
+                  r" ?(?:=+|\\(?:in|approx|equiv)(?![a-zA-Z])) ?")
 
 
 def _split_name(text: str) -> tuple[str, str]:
@@ -217,19 +242,39 @@ def _split_name(text: str) -> tuple[str, str]:
     return (_squeezed(name[1]), text[name.end():]) if name else ("", text)
 
 
+@cached
 def _split(text: str) -> tuple[str, str, str]:
     """(name, value, unit); in a list each member has its own."""
     if len(_listed(text)) > 1:
         return "", text, ""
     name, text = _split_name(text)
+    first, *others = _parts(text, " ?=+ ?")
+    if others and (name or not _has_unknowns(first)):  # 256 + 37 = 293, x = 3 + 4 = 7, but not 2x = 4
+        text = others[-1]
+        if re.fullmatch("[a-zA-Z]", text):  # 5 = x
+            name, text = text.lower(), first
     return name, *_split_unit(text)
 
 
+def _has_unknowns(text: str) -> bool:
+    """Whether there are letters that are no function, unit or word: in 2x, not in 5!, 2 apples + 3 apples."""
+    if re.search(r"\\(?:sum|prod|int|lim)(?![a-zA-Z])", text):  # these have variables of their own
+        return False
+    functions = r"\\(?:frac|sqrt|sin|cos|tan|log|ln|pi|binom|div|approx)(?![a-zA-Z])"
+    words = rf"(?<![\w\\])(?:[a-zA-Z]{{3,}}|of|per|{LONG_UNITS})(?![a-zA-Z])"
+    operators = r"(?<=\d)[xCP](?=\d)"  # 3x6, 5C2
+    return bool(re.search("[a-zA-Z]", re.sub(f"{functions}|{words}|{operators}", " ", text)))
+
+
 def _listed(text: str) -> list[str]:
-    """The parts of a list, a union or alternatives. What stands in brackets is not split."""
+    """The parts of a list, a union or alternatives."""
+    return _parts(text, r", ?(?:and |or )?| (?:and|or) |\\cup(?![a-zA-Z])")
+
+
+def _parts(text: str, separator: str) -> list[str]:
+    """What stands between the separators, stripped. What stands in brackets is not split."""
     parts, depth = [""], 0
-    token = r"(, ?(?:and |or )?| (?:and|or) |\\cup(?![a-zA-Z]))|\\[a-zA-Z]+|."
-    for found in re.finditer(token, text):
+    for found in re.finditer(rf"({separator})|\\[a-zA-Z]+|.", text):
         if found[0] in ("(", "[", "{", r"\begin"):
             depth += 1
         elif found[0] in (")", "]", "}", r"\end"):
@@ -241,6 +286,7 @@ def _listed(text: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
+@cached
 def _members(text: str) -> tuple[str, list[str]]:
     """(kind, members) of a tuple, interval, matrix or set (a bare list is one); ("", [text]) of a value."""
     parts = _listed(text)
@@ -276,7 +322,7 @@ def _same(guess: str, answer: str, until: float) -> bool:
 
     `until`: when formulas are no longer compared, in time.monotonic()'s seconds.
     """
-    if _squeezed(guess) == _squeezed(answer):
+    if _squeezed(_singular(guess)) == _squeezed(_singular(answer)):
         return bool(guess)
     guess_name, guess, guess_unit = _split(guess)
     answer_name, answer, answer_unit = _split(answer)
@@ -310,6 +356,11 @@ def _same_in_any_order(left: list[str], right: list[str], until: float) -> bool:
 def _same_value(guess: str, answer: str, until: float) -> bool:
     if _squeezed(guess) == _squeezed(answer):
         return bool(guess)
+    if r"\approx" in guess + answer:  # of \sqrt{68} \approx 8.24 either is right
+        left, right = (_parts(text, r"\\approx(?![a-zA-Z])") for text in (guess, answer))
+        return len(left) + len(right) == 3 and any(_same_value(a, b, until) for a in left for b in right)
+    if ":" in guess + answer:
+        return _same_ratio(guess, answer)
     left, right = _number(guess), _number(answer)
     if left is not None and right is not None:
         return left == right
@@ -319,6 +370,19 @@ def _same_value(guess: str, answer: str, until: float) -> bool:
         return False
     seconds = until - time.monotonic()
     return seconds > 0 and _same_formula(guess, answer, seconds)
+
+
+def _same_ratio(guess: str, answer: str) -> bool:
+    """Whether 6:4 is 3:2, or 07:30 is 7:30. A ratio is no quotient, and a time (10:30) no ratio."""
+    ratio = r"\d{1,60}(?:\.\d{1,60})?(?: ?: ?\d{1,60}(?:\.\d{1,60})?)+"
+    if not re.fullmatch(ratio, guess) or not re.fullmatch(ratio, answer):
+        return False
+    left, right = ([Fraction(part) for part in text.replace(" ", "").split(":")] for text in (guess, answer))
+    if left == right:
+        return True
+    may_be_time = any(re.fullmatch(r"\d{1,2}(?: ?: ?[0-5]\d)+", text) for text in (guess, answer))
+    proportional = all(a * right[0] == b * left[0] for a, b in zip(left, right, strict=False))
+    return len(left) == len(right) and not may_be_time and left[0] > 0 and right[0] > 0 and proportional
 
 
 # math-verify ends endless computations (9^{9^9}) by SIGALRM, which works in a main thread only. So it runs

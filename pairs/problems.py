@@ -92,7 +92,7 @@ def _text(where: str, name: str, value: Any) -> str:
 
 def _fields(where: str, row: dict) -> tuple:
     """(prompt, answer, reference) of a row in one of FORMATS."""
-    # A file of several formats puts null where a row has no such field. But an answer that is null is missing.
+    # A file of several formats has null where a row has no such field. But an answer that is null is missing.
     there = [name for name, value in row.items() if value is not None]
     reference = row.get("solution") or row.get("output") or row.get("rationale")
 

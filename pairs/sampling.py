@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data import open_turn, tokenize
 from runtime.files import content_key, lock, parse_json, read_bytes, writing
-from runtime.messages import InputError, progress
+from runtime.messages import InputError, in_one_line, progress, refuse_model
 from runtime.templates import control_token_in, control_tokens, read_tokenizer, with_date
 from runtime.weights import FLOATS, check_config, model_identity, reading
 
@@ -352,6 +352,7 @@ class LocalSampler:
         self.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
         self.settings, self.tokenizer = settings, tokenizer
         self.budget = settings.batch_tokens or (131072 if cuda else 16384)
+        self.is_checked = False  # that batches do not change what the model says
 
     @cached_property
     def model(self) -> Any:
@@ -385,6 +386,9 @@ class LocalSampler:
 
         for ids, _ in wanted:
             self._refuse_unreadable(ids)
+        if wanted and not self.is_checked:
+            self._self_check(max((ids for ids, _ in wanted), key=len))
+            self.is_checked = True
         order = sorted(range(len(wanted)), key=lambda i: (len(wanted[i][0]), wanted[i]))
         while order:
             size = 1  # of the sorted prompts the last is the longest, and all are padded to it
@@ -409,12 +413,64 @@ class LocalSampler:
             raise InputError(f"{folder}: takes {self.limit} tokens at most (max_position_embeddings), and a "
                              f"prompt has {len(ids)}; remove its problem: {begin!r}...")
 
+    @torch.inference_mode()
+    def _self_check(self, prompt: Sequence[int]) -> None:
+        """Raise InputError if the model answers otherwise in a batch than alone.
+
+        Recurrent layers have no keys and values to go on from, and padding is text to some models. The
+        prompt, cut short in two ways, is read as `_draw` reads prompts, and as plain sequences.
+        """
+        try:
+            difference = self._change_by_batching(prompt)
+        except Exception as error:  # whatever a model does with a cache that is not its own
+            if ran_out_of_memory(error):
+                raise
+            problem = f"fails there ({in_one_line(error)})"
+        else:
+            # In bf16 rounding moves probabilities by some percent, and more where it chooses experts.
+            allowed = 1e-3 if self.model.dtype == torch.float32 else 0.25
+            if difference <= allowed:
+                return
+            problem = f"says something else there than alone (by {difference:.2g} of all probability)"
+        folder = self.settings.model
+        refuse_model(type(self.model).__name__, (
+            f"this process samples in padded batches with a key-value cache, and {folder} {problem}; "
+            f"start a server for it, as `vllm serve {folder}`, and pass --server and --server-model"))
+
+    def _change_by_batching(self, prompt: Sequence[int]) -> float:
+        """The part of the next token's probability that is moved. Not of numbers that are not finite, which
+        `_choose` refuses."""
+        length = int(min(len(prompt), 40, self.limit - 2))
+        if length < 1:
+            return 0.0
+        sequences = [list(prompt[:length]), list(prompt[:length // 3 + 1])]
+        mask, logits, kv_cache = self._read_prompts(sequences)
+        order = torch.tensor([1, 0, 1], device=self.device)  # a prompt may have several samples
+        kv_cache.batch_select_indices(order)
+        mask, logits = mask[order], logits[order]
+        sequences = [list(sequences[i]) for i in order.tolist()]
+
+        most = 0.0
+        for new_tokens in range(3):
+            if new_tokens > 0:
+                token = logits.argmax(-1)
+                for ids, new in zip(sequences, token.tolist(), strict=True):
+                    ids.append(new)
+                mask, logits = self._read_token(token, mask, kv_cache)
+            if not logits.isfinite().all():
+                return 0.0
+            for ids, in_batch in zip(sequences, logits.float().softmax(-1), strict=True):
+                alone = self.model(torch.tensor([ids], device=self.device), use_cache=False).logits[0, -1]
+                moved = (alone.float().softmax(-1) - in_batch).abs().sum().item() / 2
+                most = max(most, moved)
+        return most
+
     def _draw_or_none(self, wanted: list[tuple[list[int], str]]) -> list[Continuation] | None:
         """The continuations of a batch, or None if memory runs out."""
         try:
             return self._draw(wanted)
-        except RuntimeError as error:  # for CPU memory there is no exception of its own
-            if len(wanted) == 1 or not re.search("out of memory|can't allocate memory", str(error)):
+        except RuntimeError as error:
+            if len(wanted) == 1 or not ran_out_of_memory(error):
                 raise
         # Outside of `except`, because the exception keeps the failed batch alive.
         torch.cuda.empty_cache()
@@ -504,6 +560,11 @@ class LocalSampler:
         before = self.tokenizer.decode(ids, skip_special_tokens=True)
         whole = self.tokenizer.decode(ids + new, skip_special_tokens=True)
         return Continuation(whole[len(before):], len(new), new[-1] not in self.end_tokens)
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    # For CPU memory there is no exception of its own.
+    return bool(re.search("out of memory|can't allocate memory", str(error)))
 
 
 def refuse_other_tensors(folder: str, model: Any, found: dict[str, Any]) -> None:

@@ -68,7 +68,7 @@ class Wrong:
 
     @property
     def status(self) -> str:
-        """How far it came, as it is written for people to read: "located: no wrong step"; "" if it goes on."""
+        """How far it came, in words for people: "located: no wrong step"; "" if it goes on."""
         return f"{self.failed.value}: {self.reason}" if self.failed else ""
 
     def after(self, j: int) -> tuple[Problem, str]:

@@ -1,5 +1,5 @@
-"""The specification of pairs/, executable, in the order of the code: steps and problems, grading, the cache,
-sampling, a server, the stages, a judge and people, the command line."""
+"""The specification of pairs/, executable, in the order of the code: steps and problems, the cache, sampling,
+a server, the stages, a judge and people, the command line. Grading has a file of its own, test_grading.py."""
 
 import argparse
 import http.server
@@ -27,9 +27,9 @@ from safetensors.torch import load_file, save_file
 
 from conftest import CHILDREN, ENVIRONMENT, HERE, TORCHRUN, default_flags, rows_of, start_ranks, write_jsonl
 from pairs import __main__ as command_line
-from pairs import grading, sampling, stages
+from pairs import sampling, stages
 from pairs import server as client
-from pairs.grading import is_correct, paired_gain, wilson_interval
+from pairs.grading import is_correct, wilson_interval
 from pairs.judge import Judge, first_error
 from pairs.problems import Problem, find_steps, read_problems
 from pairs.sampling import Cache, Continuation, LocalSampler, Settings
@@ -76,13 +76,22 @@ def test_steps_run_from_one_numbered_line_to_the_next_and_are_never_guessed(solu
         assert step.before.endswith(f"Step {k}:")  # a prefix that ends here has no trailing space
 
 
-def test_the_known_problem_formats(tmp_path):
+@pytest.mark.parametrize("kind", ["jsonl", "with null columns", "parquet"])
+def test_the_known_problem_formats(tmp_path, kind):
     rows = [dict(question="How many?", answer="1 + 1 = <<1+1=2>>2\n#### 1,002"),
             dict(problem="What is x?", solution=r"So $x=\boxed{\frac12}$."), dict(problem="And y?", answer=7),
             dict(instruction="Find all roots.", answer=["1", "-1"], output="work"),
             dict(question="Which?", options=["A)3", "B) 4"], correct="B", rationale="because"),
             dict(prompt="Plain?", answer="5", dataset="mine"), dict(prompt="Plain?", answer="5")]
-    found = read_problems(write_jsonl(tmp_path / "mixed.jsonl", rows))
+    if kind != "jsonl":  # a file of one table has a column for each field of any row
+        rows = [{**row, "answer": row.get("answer") and str(row["answer"])} for row in rows]
+        rows[3]["answer"] = "1, -1"
+        rows = [dict.fromkeys(name for other in rows for name in other) | row for row in rows]
+    path = write_jsonl(tmp_path / "mixed.jsonl", rows)
+    if kind == "parquet":
+        path = str(tmp_path / "mixed.parquet")
+        pytest.importorskip("datasets").Dataset.from_list(rows).to_parquet(path)
+    found = read_problems(path)
     assert [p.answer for p in found] == ["1,002", r"\frac12", "7", "1, -1", "B", "5"]
     assert found[4].prompt == "Which?\nAnswer choices: (A) 3 (B) 4" and found[4].reference == "because"
     assert [p.dataset
@@ -93,6 +102,11 @@ def test_the_known_problem_formats(tmp_path):
     ('{"text": "x"}',
      r"p\.jsonl:2: unknown format \(text\).*\n?.*GSM8K: question(.|\n)*AQuA(.|\n)*plain: prompt"),
     ('{"question": "x", "answer": "7"}', r'p\.jsonl:2: "answer" must end in "#### N"'),
+    ('{"question": "x", "options": null, "correct": "A"}', r"p\.jsonl:2: unknown format \(question, cor"),
+    ('{"question": null, "answer": "7", "text": "x"}', r"p\.jsonl:2: unknown format \(answer, text\)"),
+    ('{"question": "x", "answer": null, "options": null}', r'p\.jsonl:2: "answer" must end in "#### N"'),
+    ('{"question": "x", "options": ["A"], "correct": null}', r"p\.jsonl:2: the problem or its answer is"),
+    ('{"problem": null, "solution": "x", "answer": null}', r"p\.jsonl:2: unknown format \(solution\)"),
     ('{"prompt": " ", "answer": "7"}', r"p\.jsonl:2: the problem or its answer is missing or empty"),
     ('{"problem": "x", "solution": "no box"}', r"p\.jsonl:2: the problem or its answer is missing or empty"),
     ('{"prompt": "x", ', r"p\.jsonl:2: not valid JSON"), ("[1]", r"p\.jsonl:2: must be a JSON object"),
@@ -132,7 +146,6 @@ def one_line(error) -> str:
     ('"answer": 1, "prompt": [{"role": "user", "content": ["x"]}]', "the problem must be text or a finite"),
     ('"answer": 1, "prompt": [{"role": "user"}]', "the problem or its answer is missing or empty"),
     ('"question": "x", "options": "A) 3", "correct": "A"', '"options" must be a list, got str'),
-    ('"question": "x", "options": null, "correct": "A"', '"options" must be a list, got NoneType'),
     ('"question": "x", "options": [{}], "correct": "A"', "the option must be text or a finite number"),
     ('"question": {"a": 1}, "answer": "#### 4"', "the problem must be text or a finite number, got dict"),
     ('"question": "x", "answer": {"####": 4}', "the answer must be text or a finite number, got dict"),
@@ -151,208 +164,6 @@ def test_a_prompt_may_be_one_message_of_the_user(tmp_path):
                                                                                     answer="7.5")]
     found = read_problems(write_jsonl(tmp_path / "p.jsonl", rows))
     assert found == [Problem("p", "How many?", "7.5", None)]
-
-
-# ---------------------------------------------------------------------------------------------------- grading
-
-
-def box(text: str) -> str:
-    return rf"Step 1: so it is \boxed{{{text}}}."
-
-
-NINES = "9" * 5000
-RIGHT = [  # (solution, answer) that count as right
-    (r"a \boxed{\frac{1}{2}} b", "1/2"), (r"\boxed{\sqrt{\frac{2}{3}}}", r"\sqrt{\frac23}"),
-    (r"\fbox{7}", "7"),
-    (r"first \boxed{3}, then \boxed{4}", "4"), (r"so \boxed 9.", "9"), (box(r"\{1,2\}"), r"\{2,1\}"),
-    ("The answer is: 72", "72"), ("the ANSWER IS $72$.", "72"), ("#### 72", "72"),
-    ("The answer is: **42**", "42"),
-    ("The answer is: 7\nNo, the answer is: 8", "8"), ("The answer is 3.5. I hope this helps", "3.5"),
-    ("The answer is: \u22123", "-3"), (box("$72$"), "72"), (box(r"\(72\)"), "72"),
-    ("The answer is: 5", "work\n#### 5"),
-    (box("0.5"), "1/2"), (box("1/2"), "2/4"), (box(r"\dfrac{6}{8}"), r"\frac34"),
-    (box(r"-\frac{1}{2}"), "-0.5"),
-    (box("3.50"), "3.5"), (box("72.0"), "72"), (box(".5"), "0.5"), (box("007"), "7"), (box("+5"), "5"),
-    (box("1,234"), "1234"), (box("1,234,567.5"), "1234567.5"), (box(r"1{,}234"), "1234"),
-    (box(r"12\,345"), "12345"),
-    ("The answer is: $1,500.00", "1500"), (box(r"3 \times 10^5"), "300000"),
-    (box(r"2.5 \cdot 10^{-3}"), "0.0025"),
-    (box(r"1\frac{1}{2}"), "3/2"), (box("2 3/4"), "2.75"), (box(r"-1\frac12"), "-1.5"),
-    (box(r"50\%"), "50"), (box("50%"), "50%"), (box("50 percent"), r"50\%"), (box("12.5%"), "25/2"),
-    (box(r"5\text{ cm}"), "5"), (box("5 cm"), "5 cm"), (box(r"10\text{ cm}^2"), "10"), (box(r"\$18"), "18"),
-    (box("$5"), "5 dollars"), ("The answer is: 72 clips", "72"), ("The answer is: 60 miles per hour", "60"),
-    (box(r"90^\circ"), "90"), (box("90 degrees"), r"90^{\circ}"), (box("7 apples"), "7 apple"),
-    (box(r"\left[0, 1\right)"), "[0,1)"), (box("(1, 2)"), "(1,2)"), (box("(1/2, 3)"), "(0.5,3)"),
-    (box("5"), "(5)"),
-    (box("1, 2"), "2,1"), (box("1 and 2"), "2, 1"), (box("3 or -3"), "-3, 3"),
-    (box(r"\{1,2,3\}"), r"\{3,2,1\}"),
-    (box(r"(-\infty, 0) \cup (1, \infty)"), r"(1,\infty)\cup(-\infty,0)"),
-    (box(r"\text{Yes}"), "yes"), (box("Monday"), "monday"), ("The answer is: Tom", "Tom"),
-    (box("x = 5"), "5"), (box("y = 2x + 1"), "2x+1"), (box("f(x) = 3x"), "3x"), (box("9^{9^9}"), "9^{9^9}"),
-    (box("B"), "B"), (box("(B)"), "B"), (box(r"\text{(B)}"), "B"), (box("B) 12 km"), "B"), (box("b"), "B"),
-    ("The answer is: B. 12", "B"), ("The answer is: option C", "C"), ("The answer is (D).", "D"),
-]
-WRONG = [
-    (r"first \boxed{3}, then \boxed{4}", "3"), (r"\boxed{12", "12"), (r"it is \boxed{4}, no: \boxed{5", "4"),
-    (r"\boxed{}", "0"), ("We get 72", "72"), ("The answer is", "72"), ("The answer is: ", "72"), ("", "72"),
-    (STEPS + "Step 1: 3 + 4 = 7\nStep 2: so 7", "7"), (box("0.333"), "1/3"), (box("0.0005"), "0.001"),
-    (box("1.0001"), "1"), (box("1/0"), "0"), (box("50"), "0.5"), (box("0.5"), "50"), (box("5000"), "50"),
-    (box(r"50\%"), "0.5"), (box(r"1\frac{1}{2}"), "1/2"), (box("5 cm"), "5 m"), (box("5 cm"), "5 km"),
-    (box("10 cm^2"), "10 cm"), (box("5 million"), "5"), (box("2 dozen"), "2"), (box("10 am"), "10 pm"),
-    (box("2x"), "2"), (box(r"2\pi"), "2"), (box("[0,1)"), "(0,1)"), (box("(1,2)"), "(2,1)"),
-    (box("(1,2)"), "[1,2]"),
-    (box("(1,2)"), "1,2"), (box("(3,4)"), "3"), (box("1,2"), "1,2,3"), (box("1,1"), "1,2"),
-    (box("1,234"), "234"),
-    (box("east"), "seat"), (box(r"\text{odd}"), "even"), (box("x=5"), "y=5"), (box("101_2"), "101"),
-    ("The answer is: A", "B"), (box("12"), "B"), ("The answer is: A train", "A"), ("The answer is: CD", "C"),
-    (box(NINES), NINES + "1"), (box("-3"), "3"), (box("7:30"), "7.5"),
-]
-
-
-MATRIX = r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"
-SAME = [  # answers that are one value, whichever of them is the guess
-    # Matrices, entry by entry.
-    (MATRIX, r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
-    (MATRIX, r"\begin{bmatrix} 1 & 2 \\[1ex] 3 & 4 \\ \end{bmatrix}"),
-    (MATRIX, "\\begin{pmatrix}\n1 & 2 \\\\\n3 & 4\n\\end{pmatrix}."), (MATRIX, rf"\mathbf{{A}} = {MATRIX}"),
-    (MATRIX, r"\left(\begin{array}{cc} 1 & 2 \\ 3 & 4 \end{array}\right)"),
-    (r"\begin{pmatrix} 1/2 \\ -3 \end{pmatrix}", r"\begin{pmatrix} 0.5 \\ - 3 \end{pmatrix}"),
-    (r"\begin{pmatrix} -4/9 & x^2 \end{pmatrix}", r"\begin{pmatrix} -\frac{4}{9} & x^{2} \end{pmatrix}"),
-    # A name on one side.
-    ("x=4", "x = 4"), ("x=4", "4"), (r"x \in [-2,7]", "[-2,7]"),
-    (r"x \in (1,2) \cup (3,4)", r"(3,4) \cup (1,2)"), (r"\theta = 30^\circ", "30"), (r"f^{-1}(x) = 3x", "3x"),
-    ("a_{10} = 3", "3"), ("AB = 5", "5"), ("(x,y) = (1,2)", "(1,2)"), (r"S = \{1,2\}", r"\{2,1\}"),
-    ("x = 1, x = 2", "2, 1"), (r"\approx 8.24", "8.24"),
-    # Units: run together, by their other names, after pi.
-    ("5cm", "5"), ("5cm", "5 cm"), ("12km/h", "12 kilometers per hour"), ("10inches", "10"),
-    ("5ft", "5 feet"), (r"5\,\text{cm}^{2}", "5 square centimeters"), (r"5 \mathrm{~cm}^2", "5 cm^2"),
-    (r"40\text{ min}", "40 minutes"), ("60mph", "60 miles per hour"), (r"135\text{ square feet}", "135 ft^2"),
-    (r"12\pi\text{ cm}^2", r"12\pi"), (r"30\degree", r"30^{\circ}"),
-    (r"5^\circ\text{C}", "5 degrees Celsius"), (r"6\text{th}", "6th"), ("5m", "5 m"),
-    (r"\approx 8.24 \text{ mph}", "8.24"), (r"33 \frac{1}{3}\%", "100/3"), (r"-\$0.50", "-1/2"),
-    # Separators of thousands.
-    (r"10{,}000", "10,000"), (r"10,\!000", "10000"), (r"111, \! 111, \! 111", "111111111"),
-    (r"\$15,\!000", "15000"), (r"10\ 000", "10000"), (r"(1{,}000, 2)", "(1000, 2)"), (r"10{,}000.0", "10000"),
-    # One way to write a value.
-    (r"\cfrac{25}{16}", "25/16"), (r"1 \frac12", "3/2"), (r"\frac{\sqrt6}3", r"\frac{\sqrt{6}}{3}"),
-    (r"\frac \pi4", r"\frac{\pi}{4}"), (r"\tfrac{41}2", "20.5"), (r"\sqrt[3]2", r"\sqrt[3]{2}"),
-    (r"-\frac{2\sqrt{3}}{3}", r"\frac{-2 \sqrt{3}}{3}"), (r"(-\frac{a}{3}, 1)", r"(\frac{-a}{3}, 1)"),
-    ("x^{2}+1", "x^2 + 1"), ("3^{2007}", "3^2007"), ("1011_2", "1011_{2}"), ("152A_{11}", "152A_11"),
-    (r"\log_2 3", r"\log_{2} 3"), ("2^{10}", "1024"), ("10^5", "100000"), (r"10^{-3}", "0.001"),
-    (r"x \geq 3", r"x \ge 3"), ("x <= 3", r"x \leqslant 3"), (r"x \neq 3", r"x \ne 3"),
-    ("x \u2265 3", r"x \ge 3"), ("\u221a10", r"\sqrt{10}"), ("2\u03c0", r"2\pi"), ("10 cm\u00b2", "10 cm^2"),
-    ("x\u00b3", "x^3"), ("(0, \u221e) \u222a [-2,-1)", r"[-2,-1) \cup (0,\infty)"), ("\\frac  1\n2", "1/2"),
-    ("x \u2208 [0,1]", "[0,1]"), ("\u20135", "-5"), ("5\u00d7x", r"5\cdot x"),
-    (r"(-\infty, +\infty)", r"\mathbb{R}"), (r"\varnothing", r"\emptyset"), (r"\bigl(1,2\bigr)", "(1,2)"),
-    (r"1,\quad 2", "1, 2"), (r"\(1\) and \(2\)", "1, 2"), (r"1, 2, \text{ and } 3", "1,2,3"),
-    (r"1 \pm \sqrt 2", r"1 + \sqrt{2}, 1 - \sqrt{2}"), (r"x = \pm 3", "3, -3"), (r"(\text{E})", r"\text{E}"),
-    (r"\text{(A)}", "A"), (r"\mbox{odd}", "odd"), (r"(3, \frac{\pi}{2})", r"\left( 3, \frac{\pi}{2} \right)"),
-    (r"-\frac{3}{4}", "-3/4"), (r"\frac{3}{-4}", r"-\frac34"), ("6 - 5i", "6-5i"), (r"2\pi", r"2 \pi"),
-    (r"3 \text{ or } 4", "4, 3"), (r"\text{A,C,F}", "A, C, F"), ("13,800", "13800"),
-]
-DIFFERENT = [
-    (MATRIX, r"\begin{pmatrix} 1 & 2 \\ 3 & 5 \end{pmatrix}"),
-    (MATRIX, r"\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}"),
-    (MATRIX, r"\begin{pmatrix} 1 & 2 & 3 & 4 \end{pmatrix}"),
-    (MATRIX, r"\begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix}"),
-    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 1 & 2 \end{pmatrix}"), (MATRIX, f"2{MATRIX}"),
-    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 12 \end{pmatrix}"),
-    (r"x \in [-2,7]", "(-2,7)"), (r"x \in [-2,7]", r"y \in [-2,7]"), ("x^2 = 4", "4"), ("2x = 4", "4"),
-    ("x + y + z = 0", "0"), (r"x \ge 3", "3"), (r"x \ge 3", r"x \le 3"), ("x > 4", r"x \ge 4"),
-    ("x = 3, y = 4", "x = 4, y = 3"), ("5cm", "5m"), ("5cm", "5 km"), ("5cm^2", "5 cm"), ("5 s", "5 h"),
-    ("5 ft", "5 inches"), (r"\$5", "5 cents"), ("2x", "2"), ("2ab", "2"), ("4t", "4"), ("5m", "5"),
-    ("3pi", "3"), ("2 or", "2"), ("2 thirds", "2"), ("3 or more", "3"), (r"2\pi rh", r"2\pi"),
-    ("10 am", "10 pm"), (r"5^\circ\text{C}", r"5^\circ\text{F}"), ("1,000", "(1,000)"), ("1,000", "1, 000"),
-    ("1{,}2", "12"), ("10 000", "1 0000"), (r"\log_2 128", r"\log_21 28"), ("1 1/2", "11/2"),
-    ("3 4/5", "34/5"), ("2 3", "23"), ("1,1,2", "1,2,2"), ("x^{2n}", "x^2n"), ("x^{2}3", "x^{23}"),
-    (r"2\frac{-a}{3}", r"2-\frac{a}{3}"), (r"\frac{-1+\sqrt7}{2}", r"-\frac{1+\sqrt7}{2}"),
-    ("1011_2", "1011"), ("1011_2", "1011_3"), (r"1 \pm \sqrt2", r"1 + \sqrt2"), ("[0,1)", "(0,1)"),
-    (r"\sqrt{2}", "1.4142135"), ("5-", "5"), ("f'", "f"), (r"\text{}", "5"), ("0^{-1}", "0"),
-]
-
-
-@pytest.mark.parametrize("solution, answer", RIGHT)
-def test_answers_that_are_right(solution, answer):
-    assert is_correct(solution, answer)
-
-
-@pytest.mark.parametrize("solution, answer", WRONG)
-def test_answers_that_are_wrong(solution, answer):
-    assert not is_correct(solution, answer)
-
-
-@pytest.mark.parametrize("one, other", SAME)
-def test_ways_to_write_one_answer(one, other):
-    assert is_correct(box(one), other) and is_correct(box(other), one)
-
-
-@pytest.mark.parametrize("one, other", DIFFERENT)
-def test_answers_that_only_look_alike(one, other):
-    assert not is_correct(box(one), other) and not is_correct(box(other), one)
-
-
-LETTERS = [chr(0x4e00 + i) for i in range(149)]
-HOSTILE_ANSWERS = [
-    (NINES, NINES + "1"), ("9" * 280, "9" * 279 + "8"), ("9" * 140 + "/9", "9" * 140), ("9^99", "9^98"),
-    ("(" * 10000, "(" * 9999), ("(" * 149 + ")" * 149, "(" * 149 + ")" * 148), ("x=" * 140 + "1", "x=" * 140),
-    (",".join(LETTERS), ",".join(LETTERS[::-1])), (",".join(LETTERS), ",".join(LETTERS[:0:-1]) + ",1"),
-    ("{1," * 70 + "2" + "}" * 70, "{1," * 70 + "2.0" + "}" * 70), ("x " * 149 + "= 1", "x " * 149),
-    (r"\abc" * 70, r"\abc" * 70 + "d"), (r"\frac{" * 40 + "}" * 40, r"\frac{" * 39 + "}" * 39),
-    ("1" + " " * 10**6 + "cm", "1" + " " * 10**6 + "m"), (r"\text{" * 10**5 + "}" * 10**5, "1"),
-]
-
-
-@pytest.mark.parametrize("one, other", HOSTILE_ANSWERS, ids=range(len(HOSTILE_ANSWERS)))
-def test_hostile_answers_take_no_long_time(one, other, monkeypatch):
-    monkeypatch.setattr(grading, "_worker", False)
-    for solution in (box(one), "The answer is: " + one):
-        began = time.monotonic()
-        is_correct(solution, other)
-        assert time.monotonic() - began < 2
-
-
-def test_no_answer_makes_the_grader_fail_and_it_matters_not_which_is_the_guess(monkeypatch):
-    monkeypatch.setattr(grading, "_worker", False)
-    chance = random.Random(0)
-    tokens = r"\frac \sqrt \pi \cup \in \pm \\ & , , = + - / ^ _ ( ) [ ] \{ \} { } $ % 0 1 12 000 x".split()
-    tokens += [r"\frac{1}{2}", r"\text{ cm}", MATRIX, "(1,2)", "1,000", "5cm", " ", " or ", "\ud800"]
-    for _ in range(3000):
-        one, other = ("".join(chance.choices(tokens, k=chance.randint(1, 9))) for _ in range(2))
-        is_correct(one, other)
-        if all(grading.extract_answer(box(text)) == text.strip() for text in (one, other)):  # braces match
-            assert is_correct(box(one), other) == is_correct(box(other), one), (one, other)
-            assert is_correct(box(one), one) or not grading._rewritten(one), one
-
-
-def test_formulas_are_compared_by_math_verify_within_a_time_limit(monkeypatch):
-    pytest.importorskip("math_verify", reason="optional: pip install math-verify")
-    for guess, answer, right in [("1+2x", "2x+1", True), (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}", True),
-                                 ("(x+1)^2", "x^2+2x+1", True), ("x^2+1", "x^2+2", False),
-                                 ("2^{10}", "1024", True),
-                                 (r"\frac{\pi}{2}", r"\pi/2", True), ("2ab", "2ba", True),
-                                 (r"\begin{pmatrix} 1+x \\ 2 \end{pmatrix}",
-                                  r"\begin{pmatrix} x+1 \\ 2 \end{pmatrix}", True)]:
-        assert is_correct(box(guess), answer) == right, guess
-    began = time.monotonic()
-    assert not is_correct(box("9^{9^{9^9}}"), "9^{9^{8^9}}")
-    assert time.monotonic() - began < 10
-    grading._worker.kill()  # one answer cannot be compared then, and after that a new worker is there
-    assert not is_correct(box("3+x"), "x+3") and is_correct(box("3+x"), "x+3")
-    began = time.monotonic()
-    monkeypatch.setattr(grading, "SECONDS", 2)  # for all members of a list together
-    assert not is_correct(box("9^{9^9}x, " * 9 + "1"), "9^{9^8}x, " * 9 + "1")
-    assert time.monotonic() - began < 10
-    hangs = "import sys, time\nsys.stdin.readline()\ntime.sleep(60)"
-    monkeypatch.setattr(grading, "WORKER", hangs), monkeypatch.setattr(grading, "_worker", None)
-    assert not grading._same_formula("a", "b", seconds=0.2) and grading._worker is None
-
-
-def test_without_math_verify_the_rest_works_and_it_is_said_once(monkeypatch, capsys):
-    monkeypatch.setattr(grading, "_worker", None)
-    monkeypatch.setattr(grading.importlib.util, "find_spec", lambda name: None)
-    assert is_correct(box("1/2"), "0.5") and not capsys.readouterr().err
-    assert not is_correct(box("1+2x"), "2x+1") and not is_correct(box("1+3x"), "3x+1")
-    assert capsys.readouterr().err.count("pip install math-verify") == 1
 
 
 # -------------------------------------------------------------------------------------------------- the cache
@@ -1335,12 +1146,6 @@ def test_evaluation_prints_accuracy_with_its_interval(tokenizer, tmp_path, capsy
     assert shown in capsys.readouterr().out
     assert wilson_interval(0, 100) == pytest.approx((0, 0.0370), abs=1e-4)
     assert wilson_interval(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-
-
-def test_gain_is_paired_by_problem():
-    # 10 of 100 changed, all for the better: the standard error is sqrt(0.1 * 0.9 / 100) = 0.03
-    gain = paired_gain([True] * 50 + [False] * 50, [True] * 60 + [False] * 40)
-    assert gain == pytest.approx((0.1, 0.1 - 1.96 * 0.03, 0.1 + 1.96 * 0.03))
 
 
 # ----------------------------------------------------------------------------------------- a judge and people

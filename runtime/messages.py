@@ -31,6 +31,12 @@ def progress(things: Any, desc: str, leave: bool = False, **options) -> tqdm:
     return tqdm(things, desc=desc, leave=leave, disable=os.environ.get("RANK", "0") != "0", **options)
 
 
+def in_one_line(error: BaseException) -> str:
+    """What a library says, and what it says the cause was."""
+    line = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    return f"{line} ({in_one_line(error.__cause__)})" if error.__cause__ else line
+
+
 WAITED = "waited in vain for another process: it hangs, or has ended"
 
 

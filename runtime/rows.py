@@ -13,7 +13,7 @@ import numpy as np
 
 from data import SPANS, Pair, encode, prompt_of, without_end
 from runtime.files import content_key, parse_json, read_bytes
-from runtime.messages import InputError, print0
+from runtime.messages import InputError, in_one_line, print0
 from runtime.templates import HALF_CHARACTER, control_token_in, control_tokens, end_of_answer
 
 Row = tuple[str, dict]  # where it stands, as "file:line" or "file: row n" for messages; and its fields
@@ -61,8 +61,9 @@ def read_rows(source: str, default_split: str | None = None) -> list[Row]:
 def is_on_hub(source: str) -> bool:
     """Whether it names a hub dataset. What is there under that name is a file or folder."""
     name, *parts = source.split(":")
-    is_file = source.endswith((".jsonl", ".json", ".parquet")) or os.path.exists(name) or os.path.exists(source)
-    return not is_file and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and len(parts) <= 2 and all(parts)
+    if source.endswith((".jsonl", ".json", ".parquet")) or os.path.exists(name) or os.path.exists(source):
+        return False
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and len(parts) <= 2 and all(parts)
 
 
 def refuse_missing_library(*sources: Any) -> None:
@@ -95,7 +96,7 @@ def _read_parquet(path: str) -> list[Row]:
     try:
         return _numbered(path, pyarrow.parquet.ParquetFile(content).read().to_pylist())
     except Exception as error:  # the library raises a dozen unrelated types for "not readable"
-        raise InputError(f"{path}: {_in_one_line(error)}") from None
+        raise InputError(f"{path}: {in_one_line(error)}") from None
 
 
 def _read_from_hub(source: str, default_split: str | None) -> list[Row]:
@@ -107,7 +108,7 @@ def _read_from_hub(source: str, default_split: str | None) -> list[Row]:
     try:
         splits = datasets.load_dataset(name, config)  # all of them, as it downloads them in any case
     except Exception as error:  # the library raises a dozen unrelated types for "not there"
-        problem = _what_configuration(name, config) or _in_one_line(error)
+        problem = _what_configuration(name, config) or in_one_line(error)
         raise InputError(f"{source}: {problem}") from None
 
     with_config = f"{name}:{config}" if config else name
@@ -144,11 +145,6 @@ def _what_configuration(name: str, config: str | None) -> str:
         return f"{problem}: {', '.join(sources)}"
     except Exception:  # as the dataset itself, whose error says more
         return ""
-
-
-def _in_one_line(error: BaseException) -> str:
-    line = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-    return f"{line} ({_in_one_line(error.__cause__)})" if error.__cause__ else line
 
 
 def hold_out(rows: list[Row], share: float) -> tuple[list[Row], list[Row]]:
@@ -253,9 +249,9 @@ def _what_is_wrong(row: dict, span: str) -> str:
     """Why the row is none, "" if it is one."""
     names = ("prompt", "initial_reason_steps", *SPANS[span])
     for name in names:
-        text = row.get(name)
-        if text is None:  # as in a file that puts null where a row has no such field
+        if name not in row:
             return f"has no field {name!r}; a row needs {', '.join(names)}"
+        text = row[name]
         if name == "prompt" and isinstance(text, list):
             if not is_one_message(text):
                 return "'prompt' must be text, or a list of one message of the user"

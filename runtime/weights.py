@@ -105,21 +105,25 @@ def weight_files(folder: str) -> dict[str, list[str]]:
     A folder may have several sets of weights; these are the ones that transformers loads.
     """
     chosen = weights_or_index(folder)
-    if not chosen.endswith(".index.json"):
-        with reading(folder), safe_open(f"{folder}/{chosen}", "pt") as file:
-            return {chosen: sorted(file.keys())}
+    paths = files_of_index(folder, chosen) if chosen.endswith(".index.json") else [chosen]
+    names = {}
+    for path in paths:
+        with reading(f"{folder}/{path}"), safe_open(f"{folder}/{path}", "pt") as file:
+            names[path] = sorted(file.keys())
+    return names
 
-    index = f"{folder}/{chosen}"
+
+def files_of_index(folder: str, name: str) -> list[str]:
+    """The files that an index of weights names, sorted. What is in them they say themselves."""
+    index = f"{folder}/{name}"
     content = parse_json(index, read_bytes(index))
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(path, str) for path in weight_map.values()):
         raise InputError(f'{index}: must have a "weight_map" of tensor names to files')
-    files: dict[str, list[str]] = {}
-    for name, path in sorted(weight_map.items(), key=lambda item: item[::-1]):
+    for path in weight_map.values():
         if not is_file_inside(folder, path):
             raise InputError(f"{index}: {path!r} must be a file inside that folder")
-        files.setdefault(path, []).append(name)
-    return files
+    return sorted({*weight_map.values()})
 
 
 def weights_or_index(folder: str) -> str:
@@ -395,8 +399,8 @@ def export(policy: nn.Module, source: str, folder: str) -> None:
     """Write the folder `source` again with the trained weights in it: same files, names and dtypes, so
     whatever loads one loads the other. Complete or absent, never half. Collective.
 
-    Rank 0 writes one tensor after the other, and all ranks gather it before. So no rank holds more of the
-    model than its shard and such a tensor, of which the largest, an embedding, is 2.5 GB at 72B.
+    All ranks gather one tensor after the other, and rank 0 writes it. So no rank holds more of the model
+    than its shard and one tensor; the largest, an embedding, has 2.5 GB at 72B.
     """
     is_writer, unfinished = dist.get_rank() == 0, f"{folder}.unfinished"
     tensors, stored_in = policy.model.state_dict(), weight_files(source)
@@ -409,11 +413,7 @@ def export(policy: nn.Module, source: str, folder: str) -> None:
                 copy_text_files(source, unfinished)
 
         for path in progress(stored_in, "exporting", unit="file"):
-            trained = gathered(tensors, places, f"{source}/{path}", all_are_here)
-            if is_writer:
-                write_weights(trained, f"{source}/{path}", f"{unfinished}/{path}")
-            else:
-                collections.deque(trained, maxlen=0)  # takes its part in gathering, and keeps nothing
+            write_weights(tensors, places, f"{source}/{path}", f"{unfinished}/{path}", all_are_here)
 
         if is_writer:
             with writing(folder):  # a folder that is there and not empty is not replaced
@@ -422,7 +422,7 @@ def export(policy: nn.Module, source: str, folder: str) -> None:
 
 
 def copy_text_files(source: str, folder: str) -> None:
-    """Make a model folder with everything of `source` but its weights, byte for byte."""
+    """Make a folder with the configuration, tokenizer and chat templates of `source`, byte for byte."""
     os.mkdir(folder)
     for name in text_files(source):
         # An index of weights that are not loaded, and so not exported, would mislead other programs.
@@ -440,48 +440,49 @@ def read_header(path: str) -> tuple[bytes, dict[str, dict]]:
     return start + header, dict(sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]))
 
 
-def gathered(tensors: dict[str, Tensor], places: dict[str, Place], source: str,
-             all_are_here: Callable[[], None]) -> Iterator[tuple[str, Tensor]]:
-    """The names in a file of weights, and what is now to be stored by them, in the file's dtypes. Collective.
+def write_weights(tensors: dict[str, Tensor], places: dict[str, Place], source: str, path: str,
+                  all_are_here: Callable[[], None]) -> None:
+    """Write a file of weights again, with the model's tensors in the place of those of the same names.
 
-    Raises InputError if that is not finite.
+    Collective: all ranks gather, and all but rank 0 have /dev/null for their file.
     """
-    _, stored = read_header(source)
+    header, stored = read_header(source)
+    is_writer = dist.get_rank() == 0
 
-    def target(name: str) -> tuple[str, str]:
+    def gathered_as(name: str) -> tuple[str, str]:
         return places[name].name, stored[name]["dtype"]
 
-    # Experts that are one tensor in the model come one after the other, so that it is gathered once.
-    for (target_name, dtype), names in itertools.groupby(sorted(stored, key=target), target):
-        if target_name not in tensors:
-            continue
-        tensor = tensors[target_name]
-        tensor = tensor.to(FLOATS.get(dtype, tensor.dtype))  # before it is sent: two bytes, not four
-        all_are_here()  # also the writer, who comes from its disk
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        for name in names:
-            if not is_finite(places[name].within(whole)):
-                raise InputError(f"{source}: not written again, as {name} is no longer finite; "
-                                 "lower the --learning-rate")
-            yield name, places[name].within(whole)
-        del tensor, whole  # before the next one comes
-
-
-def write_weights(trained: Iterable[tuple[str, Tensor]], source: str, path: str) -> None:
-    """Write a file of weights again, with `trained` tensors in the place of those of the same names."""
-    header, stored = read_header(source)
     with writing(path), open(source, "rb") as before:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "wb") as after:
+        if is_writer:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path if is_writer else os.devnull, "wb") as after:
             after.write(header)
-            for name, tensor in trained:
-                start, _ = stored.pop(name)["data_offsets"]
-                after.seek(len(header) + start)
-                after.write(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
-                del tensor
-            for about in stored.values():  # what the model has no use for
-                start, end = about["data_offsets"]
+            present, whole = None, None
+            # Sorted, so that experts which are one tensor in the model are gathered once.
+            for name in sorted(stored, key=gathered_as):
+                start, end = stored[name]["data_offsets"]
                 before.seek(len(header) + start)
                 after.seek(len(header) + start)
-                after.write(before.read(end - start))
-        shutil.copymode(source, path)
+                if places[name].name not in tensors:  # the model has no use for it
+                    after.write(before.read(end - start))
+                    continue
+
+                if present != gathered_as(name):
+                    whole = values = None  # before the next one comes
+                    all_are_here()  # also the writer, who comes from its disk
+                    present = gathered_as(name)
+                    whole = gather(tensors[places[name].name], stored[name]["dtype"])
+                values = places[name].within(whole)
+                if not is_finite(values):
+                    raise InputError(f"{path}: not written, as {name} is no longer finite; "
+                                     "lower the --learning-rate")
+                if is_writer:
+                    after.write(values.cpu().reshape(-1).view(torch.uint8).numpy())
+        if is_writer:
+            shutil.copymode(source, path)
+
+
+def gather(tensor: Tensor, dtype: str) -> Tensor:
+    """All of a tensor, on each rank of a copy of the model, in the dtype of a file. Collective."""
+    tensor = tensor.to(FLOATS.get(dtype, tensor.dtype))  # before it is sent: two bytes, not four
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

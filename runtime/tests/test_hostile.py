@@ -59,8 +59,16 @@ class Place:
             weights[name] = change(weights[name])
         save_file(weights | others, path, metadata={"format": "pt"})
 
+    def write_index(self, text: str) -> None:
+        (self.folder / "model/model.safetensors").unlink()  # else it would be what counts
+        self.write("model/model.safetensors.index.json", text)
+
     def edit_rows(self, **changes) -> None:
         write_jsonl(self.folder / "pairs.jsonl", [row | changes for row in make_rows(8)])
+
+    def held_out(self) -> str:
+        """A file with other pairs."""
+        return write_jsonl(self.folder / "held_out.jsonl", make_rows(16)[8:])
 
 
 @pytest.fixture
@@ -161,11 +169,6 @@ def other_model(place: Place, **changes) -> None:
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
-def only_an_index(place: Place, content: str) -> None:
-    (place.folder / "model/model.safetensors").unlink()
-    place.write("model/model.safetensors.index.json", content)
-
-
 MODELS = {
     "no such folder": (lambda p: p.flags.update(model="/nowhere/at/all"), "/nowhere/at/all: no such folder"),
     "a file": (lambda p: p.flags.update(model=p.folder / "pairs.jsonl"), "pairs.jsonl: no such folder"),
@@ -218,13 +221,12 @@ MODELS = {
     "fp8": (lambda p: p.edit_weights(change=lambda w: w.to(torch.float8_e4m3fn)), "stored as F8_E4M3: quantiz"),
     "of another shape": (lambda p: p.edit_weights(change=lambda w: w[:7].clone()), "lm_head.weight must be"),
     "a scalar": (lambda p: p.edit_weights(change=lambda w: w[0, 0].clone()), "lm_head.weight must be"),
-    "index a list": (lambda p: only_an_index(p, "[]"), 'must have a "weight_map"'),
-    "index of numbers": (lambda p: only_an_index(p, '{"weight_map": {"a": 1}}'),
-                         'must have a "weight_map"'),
-    "index torn": (lambda p: only_an_index(p, '{"weight'), "index.json:1: not valid"),
-    "index leaves the folder": (lambda p: only_an_index(p, '{"weight_map": {"a": "../b.safetensors"}}'),
+    "index a list": (lambda p: p.write_index("[]"), 'must have a "weight_map"'),
+    "index of numbers": (lambda p: p.write_index('{"weight_map": {"a": 1}}'), 'must have a "weight_map"'),
+    "index torn": (lambda p: p.write_index('{"weight'), "index.json:1: not valid"),
+    "index leaves the folder": (lambda p: p.write_index('{"weight_map": {"a": "../b.safetensors"}}'),
                                 "must be a file inside that folder"),
-    "index names no file": (lambda p: only_an_index(p, '{"weight_map": {"a": "b.safetensors"}}'), "b.safetensors"),
+    "index names no file": (lambda p: p.write_index('{"weight_map": {"a": "b.safetensors"}}'), "b.safetensors"),
     "no tokenizer": (lambda p: (p.folder / "model/tokenizer.json").unlink(), "model: has no tokenizer"),
     "tokenizer torn": (lambda p: p.write("model/tokenizer.json", "{"), "its tokenizer cannot be read"),
     "tokenizer a list": (lambda p: p.write("model/tokenizer.json", "[]"), "its tokenizer cannot be read"),
@@ -425,8 +427,7 @@ DAMAGED = {
                                    "content of --model"),
     "another template": (lambda p: p.write("model/chat_template.jinja", "{{ messages[0]['content'] }}:"),
                          "content of --data"),
-    "held-out pairs": (lambda p: p.flags.update({"eval-data": write_jsonl(p.folder / "others.jsonl", make_rows(9)[8:])}),
-                       "content of --eval-data"),
+    "held-out pairs": (lambda p: p.flags.update({"eval-data": p.held_out()}), "content of --eval-data"),
     "a reference": (lambda p: p.flags.update(reference=p.source), "content of --reference"),
     "no --resume": (lambda p: None, "already holds a run; continue it with --resume"),
 }
@@ -546,8 +547,7 @@ def test_a_disk_without_room_for_the_model_is_refused_at_once(place, monkeypatch
 
 
 def test_numbers_that_are_no_longer_finite_are_not_exported(place, monkeypatch, capsys):
-    others = write_jsonl(place.folder / "others.jsonl", make_rows(9)[8:])
-    place.flags |= {"max-steps": 1, "learning-rate": 1e38, "eval-data": others}
+    place.flags |= {"max-steps": 1, "learning-rate": 1e38, "eval-data": place.held_out()}
     status, _, err = start(place.words(), monkeypatch, capsys)
     assert status == 2 and re.search("step 1: held-out loss nan; nothing was exported", err)
     place.flags |= {"eval-data": None, "output-dir": place.folder / "again"}
