@@ -32,7 +32,7 @@ from bench.common import environment, write
 from pairs.__main__ import parse
 from pairs.problems import read_problems
 from pairs.sampling import Samples, Settings
-from pairs.stages import Wrong, locate_by_rollouts, open_rows, pass_rate, solve, wrong_solutions
+from pairs.stages import Wrong, going_on, locate_by_rollouts, pass_rate, solve, wrong_solutions
 from runtime.commands import joining
 from runtime.messages import print0
 
@@ -190,7 +190,7 @@ def main() -> None:
     solutions = solve(problems, samples, args.samples)
     length = sum(sample.tokens for _, sample in solutions) / len(solutions)
 
-    rows = open_rows(wrong_solutions(solutions, args))
+    rows = going_on(wrong_solutions(solutions, args))
     truth = [make.first_wrong(row.solution, results[row.problem.prompt]) for row in rows]
     print0(f"\n{len(rows)} of {len(problems)} solutions are wrong; one has {length:.0f} tokens on average\n")
     print0(COLUMNS, "|---|---|---|---|---|---|---|")
