@@ -172,19 +172,29 @@ def idle_in(layers: list[nn.Module], config: transformers.PretrainedConfig) -> i
     return experts - experts * chosen // all_of_them
 
 
+class Reached(Exception):
+    """A forward has come to the layer that is counted."""
+
+
 def count_layer(hf_config: transformers.PretrainedConfig, pairs: list[Pair], config: stepdpo.Config,
                 cuda: bool) -> tuple[int, int]:
     """(bytes that one layer keeps from its forward, most bytes in its backward, those and its weights'
     gradients included), for a batch of pairs. The layer's output belongs to what comes after it."""
     calls = []
+
+    def stop(layer: nn.Module, *call: Any) -> None:
+        calls.append(call)
+        raise Reached  # the layers behind it are not wanted
+
     with fake_tensors(cuda) as live:
         model = make(hf_config, getattr(torch, config.dtype))
         layer = architectures.decoder_layers(model)[0]
         batch = data.pack(pairs, config.share_prefix)
-        layer.register_forward_pre_hook(lambda *call: calls.append(call[1:]), with_kwargs=True)
+        hook = layer.register_forward_pre_hook(stop, with_kwargs=True)
         with architectures.attending_to(type(model).__name__, batch.segments):
-            with torch.no_grad():
+            with torch.no_grad(), contextlib.suppress(Reached):
                 model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+            hook.remove()
             (hidden, *others), options = calls.pop()
             hidden = torch.empty_like(hidden, requires_grad=True)
 
@@ -192,7 +202,6 @@ def count_layer(hf_config: transformers.PretrainedConfig, pairs: list[Pair], con
             output = layer(hidden.clone(), *others, **options)
             output = output[0] if isinstance(output, tuple) else output
             before += output.nbytes
-            calls.clear()
             kept = live.now["device"] - before
             live.start_again()
             output.backward(torch.empty_like(output))

@@ -57,62 +57,62 @@ class Counted:
 
 
 # -------------------------------------------------------------------------------------------------- the rules
-# A rule fills in row.step, or leaves it None.
+# A rule fills in wrong.step, or leaves it None.
 
 
-def former(rows: list[Wrong], samples: Counted) -> None:
+def former(wrongs: list[Wrong], samples: Counted) -> None:
     """At most half of V(0) is left after the first wrong step, by 4 samples a rate; and by 8 fresh ones more
     than half of it before the step, and after it at most a third of what is before."""
-    start = dict(zip(rows, rates(rows, [0] * len(rows), 4, 0, samples), strict=True))
-    found = [row for row in rows if start[row] > 0]
-    low, high = binary_search(found, 4, samples, lambda row, rate: rate > start[row] / 2)
+    start = dict(zip(wrongs, rates(wrongs, [0] * len(wrongs), 4, 0, samples), strict=True))
+    found = [wrong for wrong in wrongs if start[wrong] > 0]
+    low, high = binary_search(found, 4, samples, lambda wrong, rate: rate > start[wrong] / 2)
 
-    before = dict(zip(found, rates(found, [low[row] for row in found], 8, 4, samples), strict=True))
-    found = [row for row in found if before[row] > start[row] / 2]
-    inner = [row for row in found if high[row] < len(row.steps)]
-    after = dict(zip(inner, rates(inner, [high[row] for row in inner], 8, 4, samples), strict=True))
-    for row in found:
-        row.step = None if after.get(row, 0) > before[row] / 3 else high[row]
+    before = dict(zip(found, rates(found, [low[wrong] for wrong in found], 8, 4, samples), strict=True))
+    found = [wrong for wrong in found if before[wrong] > start[wrong] / 2]
+    inner = [wrong for wrong in found if high[wrong] < len(wrong.steps)]
+    after = dict(zip(inner, rates(inner, [high[wrong] for wrong in inner], 8, 4, samples), strict=True))
+    for wrong in found:
+        wrong.step = None if after.get(wrong, 0) > before[wrong] / 3 else high[wrong]
 
 
-def binary_search(rows: list[Wrong], count: int, samples: Counted, is_good) -> tuple[dict, dict]:
-    """By row: a number of steps to go on from that is good, and the next one, that is not."""
-    low, high = dict.fromkeys(rows, 0), {row: len(row.steps) for row in rows}
-    while searching := [row for row in rows if high[row] - low[row] > 1]:
-        middles = [(low[row] + high[row]) // 2 for row in searching]
-        for row, middle, rate in zip(searching, middles, rates(searching, middles, count, 0, samples),
+def binary_search(wrongs: list[Wrong], count: int, samples: Counted, is_good) -> tuple[dict, dict]:
+    """By solution: a number of steps to go on from that is good, and the next one, that is not."""
+    low, high = dict.fromkeys(wrongs, 0), {wrong: len(wrong.steps) for wrong in wrongs}
+    while searching := [wrong for wrong in wrongs if high[wrong] - low[wrong] > 1]:
+        middles = [(low[wrong] + high[wrong]) // 2 for wrong in searching]
+        for wrong, middle, rate in zip(searching, middles, rates(searching, middles, count, 0, samples),
                                      strict=True):
-            (low if is_good(row, rate) else high)[row] = middle
+            (low if is_good(wrong, rate) else high)[wrong] = middle
     return low, high
 
 
-def rates(rows: list[Wrong], js: list[int], count: int, first: int, samples: Counted) -> list[float]:
-    prefixes = [row.after(j) for row, j in zip(rows, js, strict=True)]
-    return [pass_rate(found) for found in samples.draw(prefixes, count, [first] * len(rows), "locate")]
+def rates(wrongs: list[Wrong], js: list[int], count: int, first: int, samples: Counted) -> list[float]:
+    prefixes = [wrong.after(j) for wrong, j in zip(wrongs, js, strict=True)]
+    return [pass_rate(found) for found in samples.draw(prefixes, count, [first] * len(wrongs), "locate")]
 
 
-def by_steps(rows: list[Wrong], samples: Counted) -> None:
-    searching, j = rows, 0
+def by_steps(wrongs: list[Wrong], samples: Counted) -> None:
+    searching, j = wrongs, 0
     while searching:
         j += 1
-        inner = [row for row in searching if j < len(row.steps)]
+        inner = [wrong for wrong in searching if j < len(wrong.steps)]
         good = dict(zip(inner, rates(inner, [j] * len(inner), 8, 0, samples), strict=True))
-        for row in searching:
-            if not good.get(row):
-                row.step = j
-        searching = [row for row in inner if good[row]]
+        for wrong in searching:
+            if not good.get(wrong):
+                wrong.step = j
+        searching = [wrong for wrong in inner if good[wrong]]
 
 
-def halving(rows: list[Wrong], samples: Counted) -> None:
-    _, high = binary_search(rows, 8, samples, lambda row, rate: rate > 0)
-    for row in rows:
-        row.step = high[row]
+def halving(wrongs: list[Wrong], samples: Counted) -> None:
+    _, high = binary_search(wrongs, 8, samples, lambda wrong, rate: rate > 0)
+    for wrong in wrongs:
+        wrong.step = high[wrong]
 
 
-def judged(rows: list[Wrong], truth: list[int], noise: float) -> list[int]:
+def judged(wrongs: list[Wrong], truth: list[int], noise: float) -> list[int]:
     rng, verdicts = random.Random(f"judge {noise}"), []
-    for row, k in zip(rows, truth, strict=True):
-        others = [j for j in range(1, len(row.steps) + 1) if j != k]
+    for wrong, k in zip(wrongs, truth, strict=True):
+        others = [j for j in range(1, len(wrong.steps) + 1) if j != k]
         verdicts.append(rng.choice(others) if others and rng.random() < noise else k)
     return verdicts
 
@@ -131,21 +131,22 @@ def score(name: str, steps: list[int | None], truth: list[int], lengths: float) 
     return {"located": located, "exact": exact, "off_by": dict(sorted(apart.items())), "lengths": spent}
 
 
-def compare(rows: list[Wrong], truth: list[int], samples: Samples, args: argparse.Namespace,
+def compare(wrongs: list[Wrong], truth: list[int], samples: Samples, args: argparse.Namespace,
             length: float) -> dict:
     """Lines of the table by the rule's name. Solutions are `length` tokens long on average."""
     lines: dict[str, dict] = {}
 
     def searched(name: str, rule) -> list[int | None]:
-        fresh, counted = [Wrong(row.problem, row.solution, row.steps) for row in rows], Counted(samples)
+        fresh = [Wrong(wrong.problem, wrong.solution, wrong.steps) for wrong in wrongs]
+        counted = Counted(samples)
         rule(fresh, counted)
-        steps = [row.step for row in fresh]
+        steps = [wrong.step for wrong in fresh]
         lines[name] = score(name, steps, truth, counted.tokens() / length)
         return steps
 
     def ours(**changes: float):
         flags = SimpleNamespace(**{**vars(args), **changes})
-        return lambda rows, samples: locate_by_rollouts(rows, samples, flags)
+        return lambda wrongs, samples: locate_by_rollouts(wrongs, samples, flags)
 
     found = {certainty: searched(f"this one, --certainty {certainty}", ours(certainty=certainty))
              for certainty in sorted({0.7, 0.8, 0.95, args.certainty})}
@@ -156,7 +157,7 @@ def compare(rows: list[Wrong], truth: list[int], samples: Samples, args: argpars
     searched("any of 8, binary search", halving)
 
     for noise in (0.1, 0.2):
-        verdicts = judged(rows, truth, noise)
+        verdicts = judged(wrongs, truth, noise)
         name = f"a judge wrong in {noise:.0%}"
         lines[name] = score(name, verdicts, truth, 0)
         agreed = [step if step == verdict else None for step, verdict in zip(default, verdicts, strict=True)]
@@ -190,13 +191,14 @@ def main() -> None:
     solutions = solve(problems, samples, args.samples)
     length = sum(sample.tokens for _, sample in solutions) / len(solutions)
 
-    rows = going_on(wrong_solutions(solutions, args))
-    truth = [make.first_wrong(row.solution, results[row.problem.prompt]) for row in rows]
-    print0(f"\n{len(rows)} of {len(problems)} solutions are wrong; one has {length:.0f} tokens on average\n")
+    wrongs = going_on(wrong_solutions(solutions, args))
+    truth = [make.first_wrong(wrong.solution, results[wrong.problem.prompt]) for wrong in wrongs]
+    print0(f"\n{len(wrongs)} of {len(problems)} solutions are wrong; "
+           f"one has {length:.0f} tokens on average\n")
     print0(COLUMNS, "|---|---|---|---|---|---|---|")
-    lines = compare(rows, truth, samples, args, length)
+    lines = compare(wrongs, truth, samples, args, length)
     if samples.cache.rank == 0:
-        write(flags.out, {**report, "wrong": len(rows), "tokens_per_solution": length, "rules": lines})
+        write(flags.out, {**report, "wrong": len(wrongs), "tokens_per_solution": length, "rules": lines})
 
 
 if __name__ == "__main__":

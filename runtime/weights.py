@@ -108,7 +108,7 @@ def weight_files(folder: str) -> dict[str, list[str]]:
     paths = files_of_index(folder, chosen) if chosen.endswith(".index.json") else [chosen]
     names = {}
     for path in paths:
-        with reading(folder), safe_open(f"{folder}/{path}", "pt") as file:
+        with reading(f"{folder}/{path}"), safe_open(f"{folder}/{path}", "pt") as file:
             names[path] = sorted(file.keys())
     return names
 

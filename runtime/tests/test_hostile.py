@@ -59,6 +59,10 @@ class Place:
             weights[name] = change(weights[name])
         save_file(weights | others, path, metadata={"format": "pt"})
 
+    def write_index(self, text: str) -> None:
+        (self.folder / "model/model.safetensors").unlink()  # else it would be what counts
+        self.write("model/model.safetensors.index.json", text)
+
     def edit_rows(self, **changes) -> None:
         write_jsonl(self.folder / "pairs.jsonl", [row | changes for row in make_rows(8)])
 
@@ -217,15 +221,12 @@ MODELS = {
     "fp8": (lambda p: p.edit_weights(change=lambda w: w.to(torch.float8_e4m3fn)), "stored as F8_E4M3: quantiz"),
     "of another shape": (lambda p: p.edit_weights(change=lambda w: w[:7].clone()), "lm_head.weight must be"),
     "a scalar": (lambda p: p.edit_weights(change=lambda w: w[0, 0].clone()), "lm_head.weight must be"),
-    "index a list": (lambda p: p.write("model/model.safetensors.index.json", "[]"), 'must have a "weight_map"'),
-    "index of numbers": (lambda p: p.write("model/model.safetensors.index.json", '{"weight_map": {"a": 1}}'),
-                         'must have a "weight_map"'),
-    "index torn": (lambda p: p.write("model/model.safetensors.index.json", '{"weight'), "index.json:1: not valid"),
-    "index leaves the folder": (lambda p: p.write("model/model.safetensors.index.json",
-                                                  '{"weight_map": {"a": "../b.safetensors"}}'),
+    "index a list": (lambda p: p.write_index("[]"), 'must have a "weight_map"'),
+    "index of numbers": (lambda p: p.write_index('{"weight_map": {"a": 1}}'), 'must have a "weight_map"'),
+    "index torn": (lambda p: p.write_index('{"weight'), "index.json:1: not valid"),
+    "index leaves the folder": (lambda p: p.write_index('{"weight_map": {"a": "../b.safetensors"}}'),
                                 "must be a file inside that folder"),
-    "index names no file": (lambda p: p.write("model/model.safetensors.index.json",
-                                              '{"weight_map": {"a": "b.safetensors"}}'), "b.safetensors"),
+    "index names no file": (lambda p: p.write_index('{"weight_map": {"a": "b.safetensors"}}'), "b.safetensors"),
     "no tokenizer": (lambda p: (p.folder / "model/tokenizer.json").unlink(), "model: has no tokenizer"),
     "tokenizer torn": (lambda p: p.write("model/tokenizer.json", "{"), "its tokenizer cannot be read"),
     "tokenizer a list": (lambda p: p.write("model/tokenizer.json", "[]"), "its tokenizer cannot be read"),
