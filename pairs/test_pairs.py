@@ -29,10 +29,11 @@ from conftest import CHILDREN, ENVIRONMENT, HERE, TORCHRUN, default_flags, rows_
 from pairs import __main__ as command_line
 from pairs import sampling, stages
 from pairs import server as client
+from pairs.cache import Cache
 from pairs.grading import is_correct, wilson_interval
 from pairs.judge import Judge, first_error
 from pairs.problems import Problem, find_steps, read_problems
-from pairs.sampling import Cache, Continuation, LocalSampler, Settings
+from pairs.sampling import Continuation, LocalSampler, Settings
 from runtime.commands import run_command
 from runtime.messages import InputError
 from runtime.rows import pairs_of, read_rows
@@ -194,7 +195,7 @@ def test_a_cache_that_was_killed_before_its_first_line_begins_anew(tmp_path, tor
 def test_a_second_start_does_not_write_beside_the_first(tmp_path):
     first = Cache(str(tmp_path / "a.jsonl"), dict(seed=1))
     first.add([row("x")])
-    code = f"from pairs.sampling import Cache; Cache({first.file.name!r}, dict(seed=1))"
+    code = f"from pairs.cache import Cache; Cache({first.file.name!r}, dict(seed=1))"
     start = [sys.executable, "-c", code]
     second = subprocess.run(start, cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True)
     assert second.returncode == 1 and "a.jsonl: another process writes there" in second.stderr
@@ -1445,7 +1446,7 @@ def test_a_mistake_that_only_one_process_meets_is_said_in_one_line_and_ends_all(
     assert ended.returncode
     (said,) = [line for line in ended.stderr.splitlines() if line.startswith("pairs solve: ")]
     assert re.search(r"error: .*samples\.rank1\.jsonl: is a link, and what it leads to is not", said)
-    assert "/pairs/sampling.py" not in ended.stderr
+    assert "/pairs/cache.py" not in ended.stderr
 
 
 # ------------------------------------------------------------------------------------------- the command line

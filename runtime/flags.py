@@ -94,7 +94,8 @@ def flags() -> "Parser":
     add = parser.add_argument_group("model and data").add_argument
     add("--model", type=TEXT, required=True, help="to train: a folder with safetensors, or hub name")
     add("--data", type=TEXT, nargs="+", required=True, metavar="FILE",
-        help="step pairs: .jsonl, .json, .parquet files or hub datasets")
+        help="step pairs: .jsonl, .json, .parquet files or hub datasets, as owner/name, owner/name:split or "
+             "owner/name:config:split [its split train]")
     add("--output-dir", type=TEXT, required=True, help="for metrics.jsonl, run.json, checkpoints/, model/")
     add("--reference", type=TEXT, help="reference model [the model itself before training]")
     add("--span", choices=SPANS, default="step", help="one step, or whole solutions: plain DPO [step]")

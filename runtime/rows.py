@@ -1,10 +1,8 @@
 """Rows of step pairs: how they are read, and which are refused or dropped, by file and line."""
 
 import hashlib
-import importlib.util
 import os
 import re
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
@@ -73,16 +71,12 @@ def refuse_missing_library(*sources: Any) -> None:
     """
     for source in sources:
         if isinstance(source, str) and (source.endswith(".parquet") or is_on_hub(source)):
-            if not _is_installed("datasets"):
+            try:
+                # Not the bare package: a folder of that name would do.
+                from datasets import load_dataset  # noqa: F401
+            except ImportError as error:
                 raise InputError(f"{source}: reading parquet files and hub datasets needs: "
-                                 "pip install datasets")
-
-
-def _is_installed(name: str) -> bool:
-    if name in sys.modules:
-        return sys.modules[name] is not None
-    spec = importlib.util.find_spec(name)
-    return spec is not None and spec.origin is not None  # a folder with that name has no origin
+                                 f"pip install datasets ({in_one_line(error)})") from None
 
 
 def _numbered(name: str, rows: Any) -> list[Row]:
