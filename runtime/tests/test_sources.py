@@ -168,7 +168,7 @@ def test_a_missing_library_is_asked_for_before_anything_else(flags, how, tmp_pat
         monkeypatch.setattr(sys, "path", [str(tmp_path)])
     config = stepdpo.parse(["--model=nowhere", "--output-dir=out", *flags])
     with pytest.raises(InputError, match="(splits.*|test|b.parquet): reading .* needs: pip install datasets"):
-        stepdpo.run(config)
+        stepdpo.train_and_compare(config)
     args = pairs_command.parse(["solve", "--model=nowhere", "--out=out", "--problems=made/splits:test"])
     with pytest.raises(InputError, match="made/splits:test: reading .* needs: pip install datasets"):
         pairs_command.run(args)
