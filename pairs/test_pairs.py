@@ -28,10 +28,11 @@ from conftest import CHILDREN, ENVIRONMENT, HERE, TORCHRUN, default_flags, rows_
 from pairs import __main__ as command_line
 from pairs import sampling, stages
 from pairs import server as client
+from pairs.cache import Cache
 from pairs.grading import is_correct, wilson_interval
 from pairs.judge import Judge, first_error
 from pairs.problems import Problem, find_steps, read_problems
-from pairs.sampling import Cache, Continuation, LocalSampler, Settings
+from pairs.sampling import Continuation, LocalSampler, Settings
 from runtime.commands import run_command
 from runtime.messages import InputError
 from runtime.rows import pairs_of, read_rows
@@ -1449,7 +1450,7 @@ def test_a_mistake_that_only_one_process_meets_is_said_in_one_line_and_ends_all(
     assert ended.returncode
     (said,) = [line for line in ended.stderr.splitlines() if line.startswith("pairs solve: ")]
     assert re.search(r"error: .*samples\.rank1\.jsonl: is a link, and what it leads to is not", said)
-    assert "/pairs/sampling.py" not in ended.stderr
+    assert "/pairs/cache.py" not in ended.stderr
 
 
 # ------------------------------------------------------------------------------------------- the command line
