@@ -27,7 +27,7 @@ from runtime.messages import InputError
 def test_start_up_says_what_will_happen(workplace, tmp_path, capsys):
     stepdpo.train(make_config(workplace, tmp_path, max_steps=1, max_length=110))
     out = capsys.readouterr().out
-    for expected in ("Qwen2ForCausalLM", "dropped 9: longer than --max-length 110 (first: ",
+    for expected in ("Qwen2ForCausalLM", "dropped 6: longer than --max-length 110 (first: ",
                      "sharing the prefix saves", "[[chosen> So 0 + 0 = 0<]]",
                      "packed and plain log-probabilities differ by", "model in"):
         assert expected in out
