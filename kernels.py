@@ -1,8 +1,8 @@
-"""Why neither logits nor attention masks need to exist: `linear_logps` and `packed_attention`.
+"""Why neither a matrix of logits nor an attention mask need exist: `linear_logps`, `packed_attention`.
 
 **The head.** log p(target | hidden) = z[target] - logsumexp(z) with z = W hidden is one number per token,
 but the plain way to it makes V of them: at 4096 tokens and a vocabulary of 152,064 that is 2.5 GB per fp32
-copy of the logits, and log-softmax and its gradient want several copies. Nothing of that is needed at once.
+copy of the logits, and log-softmax and its gradient want several copies. They are never all needed at once.
 
 Forward: walk over the vocabulary in blocks. A matrix product makes the block's logits, a tile (T, BLOCK) in
 fp32; a Triton kernel folds the tile into three running numbers per token, then the next tile overwrites it:
@@ -18,23 +18,24 @@ Each block of dW is written exactly once: no accumulator, no atomics, the same r
 FLOPs in all, 6 of which any method needs. Every vocabulary entry takes part; skipping "small" ones would
 bias dW.
 
-Why the product is not inside the Triton kernel, as "fused" suggests: it is nearly all of the work, and the
-vendor's is the fastest there is. At T = 1024, D = 8192, V = 152,064 on an H200 a product takes 3.5 ms, and
-writing and reading all its tiles about 0.3 ms, which is what fusing could save. Forward and backward take
-15.2 ms here, and 46.7 ms in cut-cross-entropy, which fuses them (bench/README.md). The logits stay fp32 all
-the way: in bf16 they would put 0.02-0.04 nats of noise on every token.
+Why the product is not inside the Triton kernel, as "fused" suggests: it is nearly all of the work, and
+Triton's products are slower than cuBLAS's. At T = 1024, D = 8192, V = 152,064 on an H200 the four products
+take 14.0 of 15.2 ms; writing and reading the tiles between them, which fusing would save, is most of the
+rest. cut-cross-entropy, which fuses, takes 46.7 ms (bench/README.md). The logits stay fp32 all the way: in
+bf16 they would put 0.02-0.04 nats of noise on every token.
 
-**Attention.** A batch holds many pairs in one sequence, each with a prefix and two branches that see it and
-not each other (drawn in data.py). A mask of the whole sequence would have L x L entries, most of them 0.
-Instead each segment attends by itself, to the keys of its prefix and then its own: ordinary causal attention.
+**Attention.** Many pairs stand in one sequence, each with a prefix and two spans that see it and not each
+other (drawn in data.py). A mask of the whole sequence would have L x L entries, most of them 0. Instead each
+segment attends by itself, to the keys of its prefix and then its own: ordinary causal attention.
 
-This file needs torch and triton only, and can be copied alone; build any loss on the log-probabilities that
-`linear_logps` returns. (Hugging Face has a package `kernels` too; where that is installed, rename the copy.)
+This file needs torch (2.11 or later) and triton only, and can be copied alone; build any loss on the
+log-probabilities that `linear_logps` returns. Copy it under another name where transformers is used too: that
+looks for a package `kernels` of Hugging Face's.
 
 In reading order. The head: its definition in plain torch, two Triton kernels, one tile forward and backward,
 the autograd function, `linear_logps`. Attention: segments, its definition in masks, `packed_attention`.
-Letters: T tokens, D hidden size, V vocabulary; L length of a sequence, H heads, d head size; `dx` is the
-gradient of the loss with respect to x.
+Letters: T tokens, D hidden size, V vocabulary; S segments of a sequence of L tokens, with K keys in all; H
+heads of size d, H' of keys and d' of values; `dx` is the gradient of the loss with respect to x.
 """
 
 from typing import NamedTuple
@@ -281,7 +282,7 @@ class Segments(NamedTuple):
 
 
 def visible(segments: Segments, window: int | None = None) -> Tensor:  # (L, L) bool
-    """The rule as a mask: whether a query (a line) attends to a key (a column)."""
+    """The rule as a mask: whether a query (a row) attends to a key (a column)."""
     L = sum(segments.query_lengths)
     mask = torch.zeros(L, L, dtype=torch.bool, device=segments.key_index.device)
     keys_of_segments = segments.key_index.split(segments.key_lengths)

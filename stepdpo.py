@@ -6,7 +6,8 @@ eq. (2) is
     L = -E log sigmoid( beta * [ log( pi(s_win  | x, s_<k) / pi_ref(s_win  | x, s_<k) )
                                - log( pi(s_lose | x, s_<k) / pi_ref(s_lose | x, s_<k) ) ] )
 
-where pi_ref is the model before training. Only s_win and s_lose are trained on; all before them is context.
+where pi is the model, and pi_ref the model before training. Only s_win and s_lose are trained on; all before
+them is context.
 
     python stepdpo.py --model MODEL --data pairs.jsonl --output-dir OUT              # one process, CPU or GPU
     torchrun --nproc_per_node 8 stepdpo.py --model Qwen/Qwen2-7B-Instruct \\
@@ -15,7 +16,8 @@ where pi_ref is the model before training. Only s_win and s_lose are trained on;
 In reading order: the loss; the policy, a model that returns log-probabilities of spans; one optimizer step;
 the training; building and sharding the model; the command. data.py says what a pair is and how it becomes
 tokens, kernels.py why neither logits nor masks exist. What a run needs around the method is in runtime/: its
-flags in flags.py, what comes before the first step in startup.py.
+flags in flags.py, what comes before the first step in startup.py. "Collective" says that every rank must call
+a function, because it waits for the others in there.
 """
 
 import argparse
@@ -51,7 +53,7 @@ Config = argparse.Namespace  # the flags, by name
 
 
 def step_dpo_loss(
-    policy_chosen_logps: Tensor,       # (B,) fp32, summed over the chosen step's tokens, nats
+    policy_chosen_logps: Tensor,       # (B,) fp32, summed over the chosen span's tokens, nats
     policy_rejected_logps: Tensor,     # (B,)
     reference_chosen_logps: Tensor,    # (B,) of the model before training
     reference_rejected_logps: Tensor,  # (B,)
@@ -77,19 +79,20 @@ def step_dpo_loss(
 def losses_and_metrics(
     logps: Tensor,      # (2, B) fp32, of the chosen and the rejected spans under the policy, nats
     reference: Tensor,  # (2, B) under the reference
-    tokens: Tensor,     # (2, B) how many tokens each span has
+    lengths: Tensor,    # (2, B) how many tokens each span has
     config: Config,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What is minimized, and what is logged, of each pair: in training and on held-out pairs alike.
+    """The loss of each pair, and what is logged of it. Training and evaluation both call this.
 
     Returns losses, (B,), whose mean over the global batch is minimized, and metrics, (B,) each, whose means
-    are logged under TRL's names, so that plots overlay.
+    are logged under TRL's names, so that plots overlay. Rewards of chosen spans may fall while training
+    works: what counts is the margin.
     """
     chosen, rejected = logps
     losses, chosen_rewards, rejected_rewards = step_dpo_loss(chosen, rejected, *reference, config.beta)
 
-    # Of each token of the chosen span, as in Iterative RPO (arXiv:2404.19733).
-    nll = -chosen / tokens[0]
+    # The negative log-likelihood per token of the chosen span, as in Iterative RPO (arXiv:2404.19733).
+    nll = -chosen / lengths[0]
     if config.nll_weight:
         losses = losses + config.nll_weight * nll
 
@@ -120,8 +123,8 @@ class Head(nn.Module):
             return F.linear(hidden, self.weight, self.bias)  # (..., V)
         if self.bias is None:
             return linear_logps(hidden, self.weight, targets)  # (T,)
-        # A bias is a column more of the weight, whose input is 1; with seven of zeros, to keep D aligned.
-        # That copies the whole weight; the few models with such a bias (Phi, GPT-J) are small.
+        # The bias becomes one more column of the weight, and 1 its entry of hidden; seven columns of zeros
+        # keep D a multiple of 8. This copies the weight: the few models with a bias (Phi, GPT-J) are small.
         bias = F.pad(self.bias[:, None], (0, 7))
         return linear_logps(F.pad(hidden, (0, 8), value=1.0), torch.cat([self.weight, bias], 1), targets)
 
@@ -132,13 +135,14 @@ class Policy(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         architectures.refuse_unsupported(model)
-        self.scale = architectures.logit_scale(model)
+        self.logit_scale = architectures.logit_scale(model)  # 1 but in a few models (Cohere, Granite)
         model.set_output_embeddings(Head(model.get_output_embeddings()))
         self.model = model
         self.name = type(model).__name__
 
     def forward(self, batch: Batch) -> Tensor:
         """(2, B) fp32: log-probabilities of the chosen and of the rejected spans, in nats."""
+        # In here every layer's attention is kernels.packed_attention with these segments.
         with architectures.attending_to(self.name, batch.segments):
             hidden = self.model.base_model(
                 input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False,
@@ -146,14 +150,15 @@ class Policy(nn.Module):
 
         # Only the places that predict a trained token reach the head. It is called as a module, because FSDP
         # gathers a module's weight for the time of its forward.
-        hidden = self.scale * hidden[0, batch.predict_at]  # (T, D)
+        hidden = self.logit_scale * hidden[0, batch.predict_at]  # (T, D)
         token_logps = self.model.get_output_embeddings()(hidden, batch.targets)  # (T,)
-        sums = token_logps.new_zeros(batch.tokens.numel()).index_add(0, batch.span, token_logps)
-        return sums.view_as(batch.tokens).clone()  # FSDP hooks what a module returns, and warns of views
+        zeros = token_logps.new_zeros(batch.span_lengths.numel())
+        sums = zeros.index_add(0, batch.span_of, token_logps)  # of the tokens of each span
+        return sums.view_as(batch.span_lengths).clone()  # FSDP hooks what a module returns; not a view
 
-    def plain_logp(self, prefix: list[int], span: list[int]) -> Tensor:
-        """() fp32: of a span after its prefix, by the model's own forward, the library's attention and all
-        logits: nothing of what `forward` does to be fast."""
+    def library_logp(self, prefix: list[int], span: list[int]) -> Tensor:
+        """() fp32: log-probability of a span after its prefix by transformers' own forward and attention,
+        which the self-check compares `forward` with."""
         ids = torch.tensor([prefix + span], device=local_device())  # (1, L)
         with architectures.library_attention(self.model):
             logits = self.model(ids, use_cache=False, logits_to_keep=len(span) + 1).logits
@@ -166,10 +171,10 @@ class Policy(nn.Module):
 
 def micro_batches(pairs: Sequence[Pair], indices: Sequence[int], config: Config,
                   desc: str | None = None) -> Iterator[tuple[list[int], Batch]]:
-    """This rank's micro-batches of one global batch, with their pairs' indices: as many as on other ranks."""
+    """This rank's micro-batches of one global batch, with their pairs' indices. All ranks get as many."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     lengths = [pairs[i].tokens(config.share_prefix) for i in indices]
-    plan = data.split(lengths, ranks, config.tokens_per_micro_batch)
+    plan = data.plan_micro_batches(lengths, ranks, config.tokens_per_micro_batch)
 
     for shares in progress(plan, desc, unit="batch") if desc else plan:
         own = [int(indices[j]) for j in shares[rank]]
@@ -193,7 +198,7 @@ def train_step(
     of_micro_batches = []
 
     for own, batch in micro_batches(pairs, indices, config):
-        losses, metrics = losses_and_metrics(policy(batch), reference[:, own], batch.tokens, config)
+        losses, metrics = losses_and_metrics(policy(batch), reference[:, own], batch.span_lengths, config)
         of_micro_batches.append(metrics)
 
         # The mean over the global batch, however many ranks and micro-batches it is cut into. FSDP averages
@@ -220,8 +225,8 @@ def train_step(
     return metrics
 
 
-def averages(of_micro_batches: list[dict[str, Tensor]], pairs: int) -> dict[str, float]:
-    """Means of metrics, (B,) each in every micro-batch, over all `pairs` of all ranks. Collective."""
+def averages(of_micro_batches: list[dict[str, Tensor]], pair_count: int) -> dict[str, float]:
+    """Means of metrics, (B,) each in every micro-batch, over all pairs of all ranks. Collective."""
     names = list(of_micro_batches[0])
     sums = []
     for name in names:
@@ -229,12 +234,12 @@ def averages(of_micro_batches: list[dict[str, Tensor]], pairs: int) -> dict[str,
         sums.append(values.double().sum())
     totals = torch.stack(sums)
     dist.all_reduce(totals)
-    return dict(zip(names, (totals / pairs).tolist(), strict=True))  # one copy from the device
+    return dict(zip(names, (totals / pair_count).tolist(), strict=True))  # one copy from the device
 
 
 def learning_rate(step: int, steps: int, config: Config) -> float:
     """Linear warm-up, then cosine to 0. Unlike in Hugging Face's schedule the first step's rate is not 0."""
-    warmup = math.ceil(config.warmup_ratio * steps - 1e-9)
+    warmup = math.ceil(config.warmup_ratio * steps - 1e-9)  # 0.1 * 30 is 3.0000000000000004
     if step < warmup:
         return config.learning_rate * (step + 1) / (warmup + 1)
     return config.learning_rate * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
@@ -247,16 +252,14 @@ def train(config: Config) -> None:
     """The whole run, from step pairs to a model folder. Collective."""
     startup.start_processes(config.timeout)
     with outputs.claimed(config):
-        run = startup.prepare(config, flags().get_default)
-        if run is not None:
-            train_on(run)
+        run = startup.prepare(config)
+        if run is not None:  # else it was finished before
+            train_prepared(run)
 
 
-def train_on(run: Run) -> None:
+def train_prepared(run: Run) -> None:
     """The reference pass, the optimizer steps, the export."""
     config, pairs = run.config, run.pairs
-
-    # The policy before training is the reference: what it says of each pair is computed once.
     policy, reference, held_out_reference = reference_pass(run)
     optimizer = offload.make_adamw(policy.parameters(), config.offload,
                                    betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
@@ -280,7 +283,8 @@ def train_on(run: Run) -> None:
             is_last = done == run.steps
             signal = 0 if is_last else commands.signal_on_any_rank(stop_asked)
             # The last step is saved too, because the export may find the disk full.
-            if signal or config.save_every and (is_last or done % config.save_every == 0):
+            is_due = config.save_every and (is_last or done % config.save_every == 0)
+            if is_due or signal:
                 checkpoints.save(policy, optimizer, done, config)
             if signal:
                 print0(f"stopped     after optimizer step {done} of {run.steps}; "
@@ -298,25 +302,25 @@ def train_on(run: Run) -> None:
 def reference_pass(run: Run) -> tuple[Policy, Tensor, Tensor]:
     """The policy, checked, and the reference log-probabilities of training and held-out pairs, (2, N) each.
 
-    The reference is the model before training, so the policy itself computes them; nothing else is kept of
-    it. With --reference another model does, which is then put away.
+    The reference is the model before training, so the policy itself computes them, once, and no second model
+    is held. With --reference that model computes them, and is freed.
     """
     policy = build(run.reference_folder, run.config)
     startup.describe(policy, run)
     startup.self_check(policy, run.reference_folder, run)
-    reference = reference_logps(policy, "training", run.pairs, run)
-    held_out_reference = reference_logps(policy, "held-out", run.held_out, run)
+    reference = cached_logps(policy, "training", run.pairs, run)
+    held_out_reference = cached_logps(policy, "held-out", run.held_out, run)
 
     if run.reference_folder != run.folder:
         del policy
-        gc.collect()  # sharded layers stand in reference cycles, and two models may not fit
+        gc.collect()  # sharded layers point at each other, and two models may not fit
         policy = build(run.folder, run.config)
         startup.self_check(policy, run.folder, run)
     return policy, reference, held_out_reference
 
 
-def reference_logps(policy: Policy, name: str, pairs: Sequence[Pair], run: Run) -> Tensor:
-    """(2, N) log-probabilities under the reference, computed as the policy's are, or from the cache."""
+def cached_logps(policy: Policy, name: str, pairs: Sequence[Pair], run: Run) -> Tensor:
+    """(2, N) log-probabilities of all pairs under the reference, from a file if they were computed before."""
     compute = partial(all_logps, policy, pairs, run.config, f"reference ({name})")
     return outputs.cached_logps(name, pairs, run.reference_folder, run.config, compute)
 
@@ -338,7 +342,7 @@ def evaluate(step: int, policy: Policy, held_out: Sequence[Pair], reference: Ten
         return
     of_micro_batches = []
     for own, batch in micro_batches(held_out, range(len(held_out)), config, "evaluating"):
-        _, metrics = losses_and_metrics(policy(batch), reference[:, own], batch.tokens, config)
+        _, metrics = losses_and_metrics(policy(batch), reference[:, own], batch.span_lengths, config)
         of_micro_batches.append(metrics)
     metrics = averages(of_micro_batches, len(held_out))
 
@@ -346,7 +350,7 @@ def evaluate(step: int, policy: Policy, held_out: Sequence[Pair], reference: Ten
         raise InputError(f"step {step}: held-out loss {metrics['loss']}; nothing was exported. "
                          "Try a lower --learning-rate")
     outputs.log(config, {"step": step, **{f"eval/{name}": value for name, value in metrics.items()}})
-    # Before the first step the policy is its own reference, and no reward is the larger one.
+    # Before the first step the policy is its own reference, and all rewards are 0.
     accuracy = f"{metrics['rewards/accuracies']:.1%}" if step > 0 or config.reference else "-"
     print0(f"step {step:4d}   held-out loss {metrics['loss']:.4f}, margin {metrics['rewards/margins']:+.4f}, "
            f"accuracy {accuracy}")
@@ -384,7 +388,7 @@ def shard(policy: Policy, config: Config) -> None:
 
     for layer in architectures.decoder_layers(model):
         if config.compile:
-            layer.forward = torch.compile(layer.forward)  # inside the checkpoint: outside it has no effect
+            layer.forward = torch.compile(layer.forward)  # in the checkpoint: around it this would do nothing
         if config.activation_checkpointing:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
                                     context_fn=architectures.attending_again)
@@ -397,7 +401,7 @@ def shard(policy: Policy, config: Config) -> None:
         wrap(embedding)
         wrap(head)
     wrap(policy, reshard_after_forward=True)  # else passes without gradients leave gathered parameters behind
-    fsdp.register_fsdp_forward_method(policy, "plain_logp")
+    fsdp.register_fsdp_forward_method(policy, "library_logp")
 
     # Memory for the shards. Not `to_empty`, which would empty the buffers too.
     home = torch.device("cpu") if on_host else device
@@ -409,7 +413,7 @@ def shard(policy: Policy, config: Config) -> None:
 # ------------------------------------------------------------------------------------------------ the command
 
 
-def run(config: Config) -> None:
+def train_and_compare(config: Config) -> None:
     """Train, and with --test-problems compare the model before and after."""
     rows.refuse_missing_library(*config.data, config.eval_data, config.test_problems)
     if config.test_problems:
@@ -418,12 +422,12 @@ def run(config: Config) -> None:
     train(config)
     if config.test_problems:
         from pairs.stages import report_gain
-        gc.collect()  # the trained model stands in reference cycles
+        gc.collect()  # of the trained model, whose layers point at each other
         report_gain(weights.resolve(config.model), f"{config.output_dir}/model", config)
 
 
 def main() -> None:
-    commands.run_command("stepdpo.py", partial(run, parse()))
+    commands.run_command("stepdpo.py", partial(train_and_compare, parse()))
 
 
 if __name__ == "__main__":

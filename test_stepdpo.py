@@ -610,7 +610,7 @@ def test_every_pair_is_used_once_per_epoch_in_a_new_order_that_the_seed_decides(
 @pytest.mark.parametrize("ranks, budget", [(1, 100), (2, 100), (8, 300), (16, 1000)])
 def test_micro_batches_are_balanced_within_budget_and_as_many_on_each_rank(ranks, budget):
     lengths = np.random.default_rng(0).integers(5, 90, 64).tolist()
-    plan = data.split(lengths, ranks, budget)
+    plan = data.plan_micro_batches(lengths, ranks, budget)
     assert all(len(micro) == ranks for micro in plan)
     assert sorted(itertools.chain(*itertools.chain(*plan))) == list(range(64))
     loads = np.array([[sum(lengths[i] for i in items) for items in micro] for micro in plan])
@@ -619,9 +619,9 @@ def test_micro_batches_are_balanced_within_budget_and_as_many_on_each_rank(ranks
 
 
 def test_a_small_batch_on_many_ranks_leaves_some_without_pairs_and_a_giant_pair_is_refused():
-    assert sorted(map(len, data.split([5, 7, 6], 8, 100)[0])) == [0] * 5 + [1] * 3
+    assert sorted(map(len, data.plan_micro_batches([5, 7, 6], 8, 100)[0])) == [0] * 5 + [1] * 3
     with pytest.raises(ValueError, match="<= budget 10, got 11"):
-        data.split([3, 11], 2, 10)
+        data.plan_micro_batches([3, 11], 2, 10)
 
 
 def test_packing_lays_the_prefix_out_once():
@@ -633,8 +633,8 @@ def test_packing_lays_the_prefix_out_once():
     assert batch.segments.query_offsets.tolist() == [0, 3, 5, 6, 7, 8, 10]
     assert batch.predict_at.tolist() == [2, 3, 2, 6, 6, 8]  # the last prefix token predicts both first tokens
     assert batch.targets.tolist() == [10, 11, 20, 12, 21, 22]
-    assert batch.span.tolist() == [0, 0, 2, 1, 3, 3]  # chosen 0, 1, rejected 2, 3
-    assert batch.tokens.tolist() == [[2, 1], [1, 2]]
+    assert batch.span_of.tolist() == [0, 0, 2, 1, 3, 3]  # chosen 0, 1, rejected 2, 3
+    assert batch.span_lengths.tolist() == [[2, 1], [1, 2]]
 
     alone = data.pack(pairs[:1], share_prefix=False)
     assert alone.input_ids.tolist() == [[1, 2, 3, 10, 11, 1, 2, 3, 20]]
@@ -645,8 +645,9 @@ def test_packing_lays_the_prefix_out_once():
 
 def test_no_pairs_give_a_batch_that_nothing_is_trained_on():
     empty = data.pack([])
-    assert empty.input_ids.shape == (1, 1) and empty.targets.shape == (0,) and empty.tokens.shape == (2, 0)
-    assert empty.targets.dtype == empty.predict_at.dtype == empty.tokens.dtype == torch.int64
+    assert empty.input_ids.shape == (1, 1)
+    assert empty.targets.shape == (0,) and empty.span_lengths.shape == (2, 0)
+    assert empty.targets.dtype == empty.predict_at.dtype == empty.span_lengths.dtype == torch.int64
 
 
 # ------------------------------------------------------------------------------------------------- the policy
@@ -680,7 +681,7 @@ def test_plain_logps_are_those_of_the_models_own_forward(tokenizer):
     model, (pair,) = make_model("phi-bias"), make_pairs(tokenizer, 1)
     truth = separate_logps(model, [pair])
     policy = make_policy(model)
-    spans = torch.stack([policy.plain_logp(pair.prefix, span) for span in (pair.chosen, pair.rejected)])
+    spans = torch.stack([policy.library_logp(pair.prefix, span) for span in (pair.chosen, pair.rejected)])
     torch.testing.assert_close(spans, truth[:, 0], rtol=1e-5, atol=1e-4)
     assert model.config._attn_implementation == "segments"  # as it was before
 

@@ -228,7 +228,8 @@ def work_of(pairs: Sequence[Pair], ranks: int, config: stepdpo.Config) -> Work:
     # Without --data all pairs are equal, and so are all steps.
     for step in range(min(steps, per_epoch) if len({id(pair) for pair in pairs}) > 1 else 1):
         chosen = [pairs[i] for i in data.indices_of_step(step, len(pairs), config.batch_size, config.seed)]
-        plan = data.split([pair.tokens(share) for pair in chosen], ranks, config.tokens_per_micro_batch)
+        lengths = [pair.tokens(share) for pair in chosen]
+        plan = data.plan_micro_batches(lengths, ranks, config.tokens_per_micro_batch)
         micro_batches = max(micro_batches, len(plan))
         for number, of_ranks in enumerate(plan):
             for own in of_ranks:

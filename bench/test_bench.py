@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,11 +55,19 @@ def test_the_stages_for_a_gpu_run_on_a_toy(tmp_path):
 @pytest.mark.slow
 def test_training_benchmark_measures_ours_and_another_checkout(tiny, tmp_path):
     pairs = write_jsonl(tmp_path / "pairs.jsonl", make_rows(8))
+    other = tmp_path / "other"
+    shutil.copytree(HERE / "runtime", other / "runtime", ignore=shutil.ignore_patterns("tests"))
+    for name in ("stepdpo.py", "data.py", "kernels.py"):
+        shutil.copy(HERE / name, other)
+    with open(other / "runtime/outputs.py", "a") as file:  # so that it can be told apart
+        file.write("\nof_this = log\ndef log(config, line):\n    of_this(config, {**line, 'loss': 7.0})\n")
+
     report, text = bench("train", tmp_path / "train.json", "--model", tiny, "--data", pairs, "--batch-size=4",
-                         "--steps=1", "--rounds=1", "--only=^ours$|other", "--other", str(HERE))
+                         "--steps=1", "--rounds=1", "--only=^ours$|other", "--other", str(other))
     assert set(report["table"]) == {"ours", "ours, other checkout"}
     assert report["table"]["ours"]["pairs_per_second"] > 0
     assert report["runs"]["ours"][0]["loss"][0] == pytest.approx(math.log(2), abs=1e-6)
+    assert report["runs"]["ours, other checkout"][0]["loss"] == [7.0, 7.0]
     assert "ours over ours of the other checkout" in text
 
 

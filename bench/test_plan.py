@@ -23,11 +23,12 @@ PAIRS = [Pair([1] * 200, [1] * 50, [1] * 50, "")] * 64
 @pytest.mark.parametrize("tied, flags", [
     (False, ""),
     (False, "--no-activation-checkpointing --no-share-prefix"),
-    (False, "--offload gradients --tokens-per-micro-batch 600"),
+    pytest.param(False, "--offload gradients --tokens-per-micro-batch 600", marks=pytest.mark.slow),
     (False, "--offload all --shard-size 2"),
-    (True, "--offload moments --tokens-per-micro-batch 300"),
+    pytest.param(True, "--offload moments --tokens-per-micro-batch 300", marks=pytest.mark.slow),
     (True, "--no-activation-checkpointing"),
-    (False, "--tokens-per-micro-batch 8192 --batch-size 4"),  # one micro-batch
+    pytest.param(False, "--tokens-per-micro-batch 8192 --batch-size 4",  # one micro-batch
+                 marks=pytest.mark.slow),
 ])
 def test_the_formula_is_what_the_trainer_allocates(no_process_group, tied, flags):
     hf_config = transformers.Qwen2Config(**SMALL, tie_word_embeddings=tied)
@@ -59,6 +60,7 @@ def test_live_counts_storages_once_and_only_while_they_live():
     assert not any(live.now.values())
 
 
+@pytest.mark.slow
 def test_readme_has_the_table_and_it_says_what_it_has_always_said():
     text = plan.table()
     assert text in (HERE / "bench/README.md").read_text()

@@ -1,7 +1,7 @@
 """Making step pairs out of a model's own samples: `python -m pairs --help`.
 
 In reading order: problems.py, problems and numbered steps; grading.py, which answers are right, with
-extraction.py, where a text says its answer, and units.py, which words are a unit; sampling.py, one cache of
-samples, drawn in this process or by server.py; judge.py, a model that judges steps; stages.py, solve, locate
-and rectify; __main__.py, the flags.
+extraction.py, where a text says its answer, and units.py, which words are a unit; sampling.py, samples that
+are kept in cache.py, drawn in this process or by server.py; judge.py, a model that judges steps; stages.py,
+solve, locate and rectify; __main__.py, the flags.
 """

@@ -61,7 +61,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("problems and model").add_argument
     add("--model", type=TEXT, required=True, help="folder or hub name; with --server only for its tokenizer")
-    add("--problems", type=TEXT, required=True, help="with answers: .jsonl, .json, .parquet or a hub dataset")
+    add("--problems", type=TEXT, required=True,
+        help="with answers: a .jsonl, .json or .parquet file or a hub dataset, as owner/name, "
+             "owner/name:split or owner/name:config:split [its only split]")
     add("--out", type=TEXT, required=True, help="folder to write to, or to continue in")
     add("--samples", type=COUNT, default=2, help="solutions per problem; paper: 2 [2]")
     add("--step-prefix", action=SWITCH, default=True, help=f"begin each answer with {STEP_PREFIX!r}")

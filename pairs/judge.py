@@ -4,8 +4,8 @@ import re
 
 from runtime.files import content_key
 
+from .cache import Cache
 from .problems import Problem
-from .sampling import Cache
 from .server import post_all
 
 

@@ -14,7 +14,6 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -29,10 +28,11 @@ from conftest import CHILDREN, ENVIRONMENT, HERE, TORCHRUN, default_flags, rows_
 from pairs import __main__ as command_line
 from pairs import sampling, stages
 from pairs import server as client
+from pairs.cache import Cache
 from pairs.grading import is_correct, wilson_interval
 from pairs.judge import Judge, first_error
 from pairs.problems import Problem, find_steps, read_problems
-from pairs.sampling import Cache, Continuation, LocalSampler, Settings
+from pairs.sampling import Continuation, LocalSampler, Settings
 from runtime.commands import run_command
 from runtime.messages import InputError
 from runtime.rows import pairs_of, read_rows
@@ -191,15 +191,20 @@ def test_a_cache_that_was_killed_before_its_first_line_begins_anew(tmp_path, tor
     assert rows_of(tmp_path / "a.jsonl") == [dict(settings=dict(seed=1)), row("x")]
 
 
+def _open_a_cache(path: str) -> None:
+    run_command("test", lambda: Cache(path, dict(seed=1)))
+
+
 def test_a_second_start_does_not_write_beside_the_first(tmp_path):
     first = Cache(str(tmp_path / "a.jsonl"), dict(seed=1))
     first.add([row("x")])
-    code = f"from pairs.sampling import Cache; Cache({first.file.name!r}, dict(seed=1))"
-    start = [sys.executable, "-c", code]
-    second = subprocess.run(start, cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True)
-    assert second.returncode == 1 and "a.jsonl: another process writes there" in second.stderr
-    first.file.close()
-    assert subprocess.run(start, cwd=HERE, env=ENVIRONMENT).returncode == 0
+    for status in (2, 0):  # while the first goes on, and then
+        (second,) = start_ranks(1, tmp_path, _open_a_cache, first.file.name)
+        second.join(60)
+        assert second.exitcode == status
+        said = (tmp_path / "said-0").read_text()
+        assert ("a.jsonl: another process writes there" in said) == (status != 0)
+        first.file.close()
     assert rows_of(tmp_path / "a.jsonl") == [dict(settings=dict(seed=1)), row("x")]
 
 
@@ -1445,7 +1450,7 @@ def test_a_mistake_that_only_one_process_meets_is_said_in_one_line_and_ends_all(
     assert ended.returncode
     (said,) = [line for line in ended.stderr.splitlines() if line.startswith("pairs solve: ")]
     assert re.search(r"error: .*samples\.rank1\.jsonl: is a link, and what it leads to is not", said)
-    assert "/pairs/sampling.py" not in ended.stderr
+    assert "/pairs/cache.py" not in ended.stderr
 
 
 # ------------------------------------------------------------------------------------------- the command line

@@ -1,5 +1,6 @@
-"""What a run needs around the method: whoever reads the method can skip it.
+"""What a run needs around the method: whoever reads the method can skip it, except for the flags.
 
+    flags.py          the trainer's flags and their defaults; how flags are read
     startup.py        joining processes; reading and checking all input; what will happen, and the self-check
     rows.py           rows of data: how they are read, and which are refused or dropped
     templates.py      a model's tokenizer and chat template
@@ -9,7 +10,7 @@
     offload.py        AdamW's tensors in host memory
     checkpoints.py    complete or absent, for any number of processes
     outputs.py        the output folder of a run; the cache of reference log-probabilities
-    commands.py       flags, signals, the environment, how a command ends
+    commands.py       signals, torchrun's environment, how a command ends
     files.py          files that are there completely or not at all
     messages.py       lines of rank 0, progress bars, errors in one line
 """

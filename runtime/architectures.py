@@ -37,7 +37,8 @@ def empty_model(folder: str) -> nn.Module:
 def model_of(config: transformers.PretrainedConfig, where: str, dtype: torch.dtype) -> nn.Module:
     """A new model of a configuration, which is read in `where`, with our attention."""
     register_attention()
-    name = (config.architectures or [config.model_type])[0]
+    with reading(where):
+        name = (config.architectures or [config.model_type])[0]
     try:
         return transformers.AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation="segments", trust_remote_code=False)

@@ -17,7 +17,6 @@ from typing import Any
 from runtime.files import read_bytes
 from runtime.messages import InputError
 
-SPANS = ("step", "solution")
 TEMPLATES = ("chat", "alpaca", "deepseek-math")
 OFFLOADS = ("moments", "gradients", "all")
 DESCRIPTION = """Step-DPO: preference optimization on pairs of single reasoning steps (arXiv:2406.18629).
@@ -94,16 +93,19 @@ def flags() -> "Parser":
     add = parser.add_argument_group("model and data").add_argument
     add("--model", type=TEXT, required=True, help="to train: a folder with safetensors, or hub name")
     add("--data", type=TEXT, nargs="+", required=True, metavar="FILE",
-        help="step pairs: .jsonl, .json, .parquet files or hub datasets")
+        help="step pairs: .jsonl, .json, .parquet files or hub datasets, as owner/name, owner/name:split or "
+             "owner/name:config:split [its split train]")
     add("--output-dir", type=TEXT, required=True, help="for metrics.jsonl, run.json, checkpoints/, model/")
     add("--reference", type=TEXT, help="reference model [the model itself before training]")
-    add("--span", choices=SPANS, default="step", help="one step, or whole solutions: plain DPO [step]")
+    add("--span", choices=("step", "solution"), default="step",
+        help="train on one reasoning step, or on whole solutions: plain DPO [step]")
     add("--template", choices=TEMPLATES, default="chat", help="around problem and answer [chat]")
     add("--instruction", help="text after the problem in the user turn, '' for none [the template's own]")
     add("--template-args", type=TEMPLATE_ARGS, metavar="JSON",
         help="""variables of the chat template, as '{"enable_thinking": false}'; "strftime_now": "2026-01-31"
         is today's date for templates that print it [none; the day on which the run was started]""")
-    add("--max-length", type=POSITIVE_INT, default=1024, help="tokens; drop longer pairs, counted [1024]")
+    add("--max-length", type=POSITIVE_INT, default=1024,
+        help="tokens of the prefix and the longer span; longer pairs are dropped and counted [1024]")
 
     add = parser.add_argument_group("the method").add_argument
     add("--beta", type=POSITIVE_FLOAT, default=0.4,
@@ -128,7 +130,7 @@ def flags() -> "Parser":
     add("--resume", action=switch, default=False, help="continue from the last checkpoint in --output-dir, "
         "or from the start if there is none")
 
-    add = parser.add_argument_group("memory and speed: the result stays the same").add_argument
+    add = parser.add_argument_group("memory and speed: the method stays the same").add_argument
     add("--tokens-per-micro-batch", type=POSITIVE_INT,
         help="tokens in one forward and backward of a rank [8192 on CUDA, 1024 on CPU]")
     add("--share-prefix", action=switch, default=True, help="lay out once what chosen and rejected share")
@@ -147,7 +149,10 @@ def flags() -> "Parser":
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags, with the defaults that depend on the device filled in."""
+    """The flags, with the defaults that depend on the device filled in.
+
+    That of --tokens-per-micro-batch depends on the pairs too: startup.py fills it in.
+    """
     config = flags().parse_args(argv)
     import torch  # only now: a wrong flag is told before this takes its seconds
     cuda = torch.cuda.is_available()

@@ -25,6 +25,7 @@ from torch import Tensor
 from data import Pair
 from runtime.commands import local_rank, waiting_for_disks
 from runtime.files import add_lines, content_key, lock, parse_json, read_bytes, write_atomically, writing
+from runtime.flags import flags
 from runtime.messages import InputError, print0
 from runtime.rows import fingerprint
 from runtime.weights import model_identity, resolve, weight_files
@@ -139,7 +140,7 @@ def refuse_other_nodes(identity: dict[str, Any], config: Namespace) -> None:
                                  f"content than rank 0 on {seen[0]['host']}; use the same on all nodes")
 
 
-def refuse_changes(identity: dict[str, Any], out: str, default_of: Callable[[str], Any]) -> None:
+def refuse_changes(identity: dict[str, Any], out: str) -> None:
     """Raise InputError if there is a run in folder `out` that was started with other flags, data or model."""
     path = f"{out}/run.json"
     if dist.get_rank() > 0 or not os.path.exists(path):
@@ -149,6 +150,7 @@ def refuse_changes(identity: dict[str, Any], out: str, default_of: Callable[[str
         raise InputError(f"{path}: is not the record of a run; choose another --output-dir")
 
     changed = []
+    default_of = flags().get_default
     for name, value in identity["config"].items():
         # A flag that was not there yet when the run was started did what its default does.
         was = before["config"].get(name, default_of(name))

@@ -1,17 +1,15 @@
 """Rows of step pairs: how they are read, and which are refused or dropped, by file and line."""
 
 import hashlib
-import importlib.util
 import os
 import re
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from data import SPANS, Pair, encode, prompt_of, without_end
+from data import SPAN_FIELDS, Pair, encode, prompt_of, without_end
 from runtime.files import content_key, parse_json, read_bytes
 from runtime.messages import InputError, in_one_line, print0
 from runtime.templates import HALF_CHARACTER, control_token_in, control_tokens, end_of_answer
@@ -73,16 +71,12 @@ def refuse_missing_library(*sources: Any) -> None:
     """
     for source in sources:
         if isinstance(source, str) and (source.endswith(".parquet") or is_on_hub(source)):
-            if not _is_installed("datasets"):
+            try:
+                # Not the bare package: a folder of that name would do.
+                from datasets import load_dataset  # noqa: F401
+            except ImportError as error:
                 raise InputError(f"{source}: reading parquet files and hub datasets needs: "
-                                 "pip install datasets")
-
-
-def _is_installed(name: str) -> bool:
-    if name in sys.modules:
-        return sys.modules[name] is not None
-    spec = importlib.util.find_spec(name)
-    return spec is not None and spec.origin is not None  # a folder with that name has no origin
+                                 f"pip install datasets ({in_one_line(error)})") from None
 
 
 def _numbered(name: str, rows: Any) -> list[Row]:
@@ -247,7 +241,7 @@ def _refuse_bad_rows(rows: list[Row], span: str) -> None:
 
 def _what_is_wrong(row: dict, span: str) -> str:
     """Why the row is none, "" if it is one."""
-    names = ("prompt", "initial_reason_steps", *SPANS[span])
+    names = ("prompt", "initial_reason_steps", *SPAN_FIELDS[span])
     for name in names:
         if name not in row:
             return f"has no field {name!r}; a row needs {', '.join(names)}"
@@ -267,21 +261,21 @@ def _what_is_wrong(row: dict, span: str) -> str:
 
 def _why_it_cannot_teach(row: dict, pair: Pair, span: str) -> str:
     """Why nothing can be learned from the row, "" if something can."""
-    for name, ids in zip(SPANS[span], (pair.chosen, pair.rejected), strict=True):
+    for name, ids in zip(SPAN_FIELDS[span], (pair.chosen, pair.rejected), strict=True):
         if not row[name].strip() or not ids:
             return f"{name!r} is empty"
     if not pair.prefix:
         return "nothing comes before the steps"
-    chosen, rejected = (row[name].strip() for name in SPANS[span])
+    chosen, rejected = (row[name].strip() for name in SPAN_FIELDS[span])
     if chosen == rejected or pair.chosen == pair.rejected:
-        return f"{' equals '.join(map(repr, SPANS[span]))}, so there is nothing to prefer"
+        return f"{' equals '.join(map(repr, SPAN_FIELDS[span]))}, so there is nothing to prefer"
     return ""
 
 
 def _control_token(row: dict, span: str, tokens: list[str], end: str) -> str:
     """Says which control token stands in the text of a row, if one does. Whole solutions may end in `end`."""
     texts = {"prompt": prompt_of(row), "initial_reason_steps": row["initial_reason_steps"]}
-    texts |= {name: without_end(row[name], end) for name in SPANS[span]}
+    texts |= {name: without_end(row[name], end) for name in SPAN_FIELDS[span]}
     for name, text in texts.items():
         token = control_token_in(text, tokens)
         if token:

@@ -5,7 +5,7 @@ Whatever cannot be trained exactly is refused here, before hours are spent.
 
 import os
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -85,11 +85,11 @@ class Run(NamedTuple):
     identity: dict[str, Any]  # what the result depends on, for --resume
 
 
-def prepare(config: Namespace, default_of: Callable[[str], Any]) -> Run | None:
+def prepare(config: Namespace) -> Run | None:
     """Read and check the input of a run. None if --resume finds it finished. Collective.
 
-    `default_of` gives the default of a flag. Where the chat template prints today's date, that is filled into
-    `config.template_args`, the caller's too, because --test-problems are answered with the same.
+    Where the chat template prints today's date, that is filled into `config.template_args`, the caller's too,
+    because --test-problems are answered with the same.
     Raises InputError for whatever cannot be trained.
     """
     folder = weights.resolve(config.model)
@@ -104,7 +104,7 @@ def prepare(config: Namespace, default_of: Callable[[str], Any]) -> Run | None:
 
     identity = outputs.identity_of(folder, rows.fingerprint(pairs), rows.fingerprint(held_out), config)
     outputs.refuse_other_nodes(identity, config)
-    outputs.refuse_changes(identity, config.output_dir, default_of)
+    outputs.refuse_changes(identity, config.output_dir)
     if outputs.is_finished(config.output_dir):
         print0(f"finished    already: {config.output_dir}/model")
         return None
@@ -187,7 +187,7 @@ def self_check(policy: nn.Module, folder: str, run: Run) -> None:
         differences = []
         for pair, logps in zip(sample, packed.T, strict=True):
             for span, logp in zip((pair.chosen, pair.rejected), logps, strict=True):
-                differences.append((logp - policy.plain_logp(pair.prefix, span)).abs() / len(span))
+                differences.append((logp - policy.library_logp(pair.prefix, span)).abs() / len(span))
     worst = torch.stack(differences).max().item()  # NaN if one is
 
     # bf16 logits alone are off by 0.02-0.04. Where experts are nearly tied, rounding chooses between them:

@@ -24,7 +24,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import stepdpo
-from conftest import ENVIRONMENT, HERE, TORCHRUN, make_rows, write_jsonl
+from conftest import ENVIRONMENT, HERE, TORCHRUN, make_rows, start_ranks, train_by_flags, write_jsonl
 
 
 class Place:
@@ -519,7 +519,7 @@ def test_a_run_goes_on_without_a_cache_and_says_so(place, monkeypatch, capsys):
 
 @pytest.mark.parametrize("room, save_every, message", [
     (20, 1, "out/run.json: cannot be written: File too large"),
-    (1600, 0, "out/model.unfinished: cannot be written: File too large"),
+    (4000, 0, "out/model.unfinished: cannot be written: File too large"),
     (20000, 1, r"step-000001.unfinished/weights.0.safetensors: cannot be written: .*File too large"),
 ])
 def test_a_full_disk_is_named_and_the_run_goes_on_with_more_room(place, runs, room, save_every, message,
@@ -713,12 +713,23 @@ def test_weights_in_a_folder_of_the_model_count_too(place, monkeypatch, capsys):
     refused(place, "content of --model", monkeypatch, capsys, "--resume")
 
 
-@pytest.mark.parametrize("name, value", [("RANK", "0"), ("RANK", "x")])
-def test_an_environment_that_torchrun_did_not_make(place, no_process_group, name, value, monkeypatch, capsys):
-    monkeypatch.setenv(name, value)
-    refused(place, f"{name}.* in the environment must be", monkeypatch, capsys)
+def _train_with(name: str, value: str, words: list[str]) -> None:
+    for other in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(other, None)
+    os.environ[name] = value
+    train_by_flags(words)
 
 
+@pytest.mark.parametrize("name, value", [("RANK", "0"), ("LOCAL_RANK", "x"), ("LOCAL_WORLD_SIZE", "-1")])
+def test_an_environment_that_torchrun_did_not_make(place, name, value):
+    (child,) = start_ranks(1, place.folder, _train_with, name, value, place.words())
+    child.join(100)
+    said = (place.folder / "said-0").read_text()
+    assert child.exitcode == 2
+    assert re.fullmatch(f"stepdpo.py: error: .*{name}.* in the environment must be .*", said.strip()), said
+
+
+@pytest.mark.slow
 def test_an_old_locale_ends_no_run(place):
     place.edit_rows(chosen=" that is \u2713 right.")
     ended = subprocess.run([sys.executable, HERE / "stepdpo.py", *place.words()], capture_output=True,

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from transformers.utils.import_utils import KERNELS_MIN_VERSION
 
 from conftest import ENVIRONMENT, HERE, make_rows, write_jsonl
 
@@ -25,10 +26,9 @@ def installed(tmp_path):
     (folder / "kernels").mkdir(parents=True)
     (folder / "kernels/__init__.py").write_text(PACKAGE)
     (folder / "sitecustomize.py").write_text(AT_THE_END)
-    (folder / "kernels-99.0.0.dist-info").mkdir()
-    (folder / "kernels-99.0.0.dist-info/METADATA").write_text(
-        "Metadata-Version: 2.1\nName: kernels\nVersion: 99.0.0\n")
-    (folder / "kernels-99.0.0.dist-info/RECORD").write_text("kernels/__init__.py,,\n")
+    about = folder / f"kernels-{KERNELS_MIN_VERSION}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n")
     return ENVIRONMENT | {"PYTHONPATH": str(folder), "STEPDPO_CACHE": str(tmp_path / "cache")}
 
 

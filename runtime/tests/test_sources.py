@@ -156,18 +156,19 @@ NEEDS_DATASETS = [
 
 
 @pytest.mark.parametrize("flags", NEEDS_DATASETS)
-@pytest.mark.parametrize("how", ["absent", "a folder of that name"])
+@pytest.mark.parametrize("how", ["absent", "a folder of that name", "broken"])
 def test_a_missing_library_is_asked_for_before_anything_else(flags, how, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    if how == "absent":
-        monkeypatch.setitem(sys.modules, "datasets", None)
-    else:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    if how != "absent":
         (tmp_path / "datasets").mkdir()
-        monkeypatch.delitem(sys.modules, "datasets", raising=False)
+        if how == "broken":
+            (tmp_path / "datasets/__init__.py").write_text("raise ImportError('another pyarrow')")
+        del sys.modules["datasets"]
         monkeypatch.setattr(sys, "path", [str(tmp_path)])
     config = stepdpo.parse(["--model=nowhere", "--output-dir=out", *flags])
     with pytest.raises(InputError, match="(splits.*|test|b.parquet): reading .* needs: pip install datasets"):
-        stepdpo.run(config)
+        stepdpo.train_and_compare(config)
     args = pairs_command.parse(["solve", "--model=nowhere", "--out=out", "--problems=made/splits:test"])
     with pytest.raises(InputError, match="made/splits:test: reading .* needs: pip install datasets"):
         pairs_command.run(args)

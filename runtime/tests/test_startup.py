@@ -27,7 +27,7 @@ from runtime.messages import InputError
 def test_start_up_says_what_will_happen(workplace, tmp_path, capsys):
     stepdpo.train(make_config(workplace, tmp_path, max_steps=1, max_length=110))
     out = capsys.readouterr().out
-    for expected in ("Qwen2ForCausalLM", "dropped 9: longer than --max-length 110 (first: ",
+    for expected in ("Qwen2ForCausalLM", "dropped 6: longer than --max-length 110 (first: ",
                      "sharing the prefix saves", "[[chosen> So 0 + 0 = 0<]]",
                      "packed and plain log-probabilities differ by", "model in"):
         assert expected in out
@@ -50,7 +50,7 @@ def test_the_self_check_stops_a_run_whose_attention_ignores_the_segments(workpla
 def test_answers_of_a_model_that_no_process_can_hold_are_refused(workplace, tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "count_parameters", lambda folder: 10**15)
     with pytest.raises(InputError, match=r"would hold the model, 4,000,000 GB.*pairs solve --server"):
-        stepdpo.run(make_config(workplace, tmp_path / "out", test_problems=HERE / "demo/test.jsonl"))
+        stepdpo.train_and_compare(make_config(workplace, tmp_path / "out", test_problems=HERE / "demo/test.jsonl"))
     assert not (tmp_path / "out/run.json").exists()
 
 

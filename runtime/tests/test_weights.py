@@ -324,7 +324,7 @@ def test_experts_in_any_order_and_dtype_are_gathered_once_and_come_back_as_they_
     assert len(calls) == 2 * 2 + len(policy.model.state_dict())
 
 
-@pytest.mark.parametrize("ranks, shard_size", [(2, 2), (3, 3), (2, 1), (4, 2)])
+@pytest.mark.parametrize("ranks, shard_size", [(2, 1), (3, 3), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_any_number_of_processes_and_copies_writes_the_same_files(tiny, tmp_path, ranks, shard_size):
     ranks = start_ranks(ranks, tmp_path, _build_and_export, tiny, str(tmp_path / "out"), shard_size)
     for rank in ranks:
@@ -403,8 +403,8 @@ def _write_slowly(source: str, out: str, shard_size: int, what: str) -> None:
 
 
 @pytest.mark.parametrize("what, shard_size, written", [
-    ("the end of an export", 1, "config.json"),
-    ("each file", 2, "model.safetensors.index.json"),
+    pytest.param("the end of an export", 1, "config.json", marks=pytest.mark.slow),
+    pytest.param("each file", 2, "model.safetensors.index.json", marks=pytest.mark.slow),
     ("checkpoint", 1, "step-000001/state.json"),
 ])
 def test_a_disk_may_take_longer_than_processes_wait_for_each_other(tiny, tmp_path, what, shard_size, written):
@@ -437,7 +437,7 @@ def _wait(what: str) -> None:
     run_command("a command", command)
 
 
-@pytest.mark.parametrize("what", ["ends", "hangs elsewhere"])
+@pytest.mark.parametrize("what", ["ends", pytest.param("hangs elsewhere", marks=pytest.mark.slow)])
 def test_a_process_that_ends_or_hangs_elsewhere_is_an_error(tmp_path, what):
     ranks = start_ranks(2, tmp_path, _wait, what)
     ranks[1].join(100)
