@@ -20,9 +20,9 @@ bias dW.
 
 Why the product is not inside the Triton kernel, as "fused" suggests: it is nearly all of the work, and
 Triton's products are slower than cuBLAS's. At T = 1024, D = 8192, V = 152,064 on an H200 the four products
-take 14.0 of 15.2 ms; writing and reading the tiles between them, which fusing would save, is most of the rest.
-cut-cross-entropy, which fuses, takes 46.7 ms (bench/README.md). The logits stay fp32 all the way: in bf16 they
-would put 0.02-0.04 nats of noise on every token.
+take 14.0 of 15.2 ms; writing and reading the tiles between them, which fusing would save, is most of the
+rest. cut-cross-entropy, which fuses, takes 46.7 ms (bench/README.md). The logits stay fp32 all the way: in
+bf16 they would put 0.02-0.04 nats of noise on every token.
 
 **Attention.** Many pairs stand in one sequence, each with a prefix and two spans that see it and not each
 other (drawn in data.py). A mask of the whole sequence would have L x L entries, most of them 0. Instead each

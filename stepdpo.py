@@ -154,7 +154,7 @@ class Policy(nn.Module):
         token_logps = self.model.get_output_embeddings()(hidden, batch.targets)  # (T,)
         zeros = token_logps.new_zeros(batch.span_lengths.numel())
         sums = zeros.index_add(0, batch.span_of, token_logps)  # of the tokens of each span
-        return sums.view_as(batch.span_lengths).clone()  # FSDP hooks what a module returns, and warns of views
+        return sums.view_as(batch.span_lengths).clone()  # FSDP hooks what a module returns; not a view
 
     def library_logp(self, prefix: list[int], span: list[int]) -> Tensor:
         """() fp32: log-probability of a span after its prefix by transformers' own forward and attention,

@@ -32,12 +32,13 @@ import transformers
 from common import announced_environment, write
 from naive import naive_training
 from tqdm import tqdm
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
 import conftest
-import stepdpo
+import stepdpo  # before transformers' classes: it keeps hub kernels out
 from runtime import weights
 from runtime.messages import InputError
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES  # isort: skip
 
 VERDICTS = ("equal", "refused", "differs", "traceback", "not built")
 WORKERS, TIME_LIMIT, ALLOWED = 2, 300, 2e-4  # processes, seconds for each, difference of a loss

@@ -122,10 +122,12 @@ def flags() -> "Parser":
 
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
     add("--eval-data", type=SOURCE_OR_SHARE, metavar="FILE",
-        help="held-out step pairs: the same metrics, no training; 0.05 holds out 5%% of the problems")
+        help="held-out step pairs (file, or owner/name:split of a hub): the same metrics, no training; "
+        "0.05 holds out 5%% of the problems")
     add("--eval-every", type=POSITIVE_INT, default=50, help="optimizer steps between evaluations [50]")
-    add("--test-problems", type=TEXT, help="held-out problems with answers: at the end, greedy accuracy "
-        "before and after, in answers of at most --max-length tokens; each process holds a whole model")
+    add("--test-problems", type=TEXT, metavar="FILE",
+        help="held-out problems with answers (file, or owner/name:split): at the end, greedy accuracy before "
+        "and after, in answers of at most --max-length tokens; each process holds a whole model")
     add("--save-every", type=INT, default=0, help="optimizer steps between checkpoints [only at SIGTERM]")
     add("--resume", action=switch, default=False, help="continue from the last checkpoint in --output-dir, "
         "or from the start if there is none")

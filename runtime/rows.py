@@ -243,9 +243,9 @@ def _what_is_wrong(row: dict, span: str) -> str:
     """Why the row is none, "" if it is one."""
     names = ("prompt", "initial_reason_steps", *SPAN_FIELDS[span])
     for name in names:
-        if name not in row:
+        text = row.get(name)
+        if text is None:  # as in a file of one table, which has null where a row has no such field
             return f"has no field {name!r}; a row needs {', '.join(names)}"
-        text = row[name]
         if name == "prompt" and isinstance(text, list):
             if not is_one_message(text):
                 return "'prompt' must be text, or a list of one message of the user"

@@ -35,15 +35,16 @@ def test_the_copied_loss_is_the_definition(tiny):
     names = {"torch": torch, "F": F, "linear_logps": linear_logps, "model": model, "beta": 0.4}
     expected = []
     for name, span in (("chosen", chosen), ("rejected", rejected)):
-        names |= {"input_ids": torch.tensor([prompt + span]), "S": len(span)}
+        names |= {"input_ids": torch.tensor([prompt + span]), "n": len(span)}
         exec(logps_code, names)
-        names[f"policy_{name}_logps"] = names["logp"][None]
-        names[f"reference_{name}_logps"] = names["logp"][None].detach() - len(name)
+        logp = names["logps"].sum()
+        names[f"policy_{name}_logps"] = logp[None]
+        names[f"reference_{name}_logps"] = logp[None].detach() - len(name)
 
         logps = model(names["input_ids"]).logits[0].log_softmax(-1)
         places = range(len(prompt) - 1, len(prompt) + len(span) - 1)
         expected.append(sum(logps[place, token] for place, token in zip(places, span, strict=True)))
-        assert names["logp"].item() == pytest.approx(expected[-1].item(), rel=1e-5)
+        assert logp.item() == pytest.approx(expected[-1].item(), rel=1e-5)
 
     exec(loss_code, names)
     margin = 0.4 * (len("chosen") - len("rejected"))
