@@ -453,6 +453,13 @@ def test_attention_scales_by_the_size_of_a_head_unless_told_otherwise(tokenizer)
                               attention(query, key, value, segments, scale=0.25), atol=1e-6)
 
 
+def test_attention_refuses_lengths_that_differ():
+    segments, six, seven = data.pack([]).segments, torch.randn(1, 1, 6, 8), torch.randn(1, 1, 7, 8)
+    for inputs in ((six, six, six), (six[:, :, :1], seven, six)):
+        with pytest.raises(ValueError, match=r"must have one length L, got \[1, 6"):
+            packed_attention(*inputs, segments)
+
+
 def plain_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None,
                       window_size=(-1, -1), enable_gqa=False):
     """torch.nn.attention.varlen.varlen_attn in plain torch. As in FlashAttention, a query sees `left` keys
@@ -507,7 +514,7 @@ def test_varlen_attention_on_cuda_equals_the_segments_one_by_one(tokenizer, wind
 @pytest.mark.parametrize("steps", [  # as they stand in Math-Step-DPO-10K, and none
     "Let's think step by step.\nStep 1: 1 + 1 = 2. \nStep 2:", "Let's think. Step 1: 1 + 1 = 2. Step 2:",
     "Let's think step by step.\nStep 16:", ""])
-def test_the_steps_before_are_taken_as_they_are(tokenizer, steps):
+def test_the_reasoning_steps_before_are_taken_as_they_are(tokenizer, steps):
     row = make_rows(1)[0] | {"initial_reason_steps": steps}
     (pair,) = data.encode([("f:1", row)], tokenizer, "chat", None, "step")
     opened = data.open_turn(tokenizer, row["prompt"], "chat")
@@ -522,7 +529,7 @@ def test_a_prompt_may_be_a_list_of_one_message(tokenizer):
     assert encoded[0] == encoded[1]
 
 
-def test_a_step_has_no_end_of_sequence_and_a_solution_has_one(tokenizer):
+def test_a_reasoning_step_has_no_end_of_sequence_and_a_solution_has_one(tokenizer):
     row = make_rows(1)[0]
     (step,), (solution,) = make_pairs(tokenizer, 1), make_pairs(tokenizer, 1, "solution")
     assert tokenizer.decode(step.chosen) == row["chosen"]
@@ -532,14 +539,14 @@ def test_a_step_has_no_end_of_sequence_and_a_solution_has_one(tokenizer):
     assert solution.chosen.count(eos) == solution.rejected.count(eos) == 1
 
 
-def test_full_solutions_may_repeat_the_shared_steps(tokenizer):
+def test_full_solutions_may_repeat_the_reasoning_steps_before(tokenizer):
     row = make_rows(3)[2]
     whole = row | {k: row["initial_reason_steps"] + row[k] for k in ("full_chosen", "full_rejected")}
     pairs = [data.encode([("f:1", r)], tokenizer, "chat", None, "solution") for r in (row, whole)]
     assert pairs[0] == pairs[1]
 
 
-def test_templates_put_the_steps_into_the_open_answer(tokenizer):
+def test_templates_put_the_reasoning_steps_into_the_open_answer(tokenizer):
     row = make_rows(1)[0]
     text = {t: data.open_turn(tokenizer, "Q?", t) for t in data.TEMPLATES}
     assert text["chat"] == f"<|im_start|>user\nQ?\n{data.INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"
@@ -575,13 +582,13 @@ def test_bos_stands_once_where_the_tokenizer_has_it_and_nowhere_else(tokenizer):
         assert bos not in pair.prefix + pair.chosen + pair.rejected
 
 
-def test_no_merge_across_the_step_boundary_is_invented_or_lost(tokenizer):
+def test_no_merge_across_the_boundary_of_prefix_and_span_is_invented_or_lost(tokenizer):
     row = make_rows(1)[0]
     row |= {"initial_reason_steps": "Let's think\nStep 1: ", "chosen": "the token", "rejected": "ten"}
     (pair,) = data.encode([("f:1", row)], tokenizer, "chat", None, "step")
     text = data.open_turn(tokenizer, row["prompt"], "chat") + row["initial_reason_steps"]
-    for step, ids in ((row["chosen"], pair.chosen), (row["rejected"], pair.rejected)):
-        assert pair.prefix + ids == tokenizer(text + step).input_ids
+    for span, ids in ((row["chosen"], pair.chosen), (row["rejected"], pair.rejected)):
+        assert pair.prefix + ids == tokenizer(text + span).input_ids
     assert tokenizer.decode(pair.chosen) == " the token"  # the space merged with the word: not in the prefix
     assert tokenizer.decode(pair.prefix).endswith("Step 1:")
 
