@@ -323,7 +323,11 @@ def packed_attention(
     attention that is aligned at the lower right. So no mask of the whole sequence is made.
     On CUDA in 16 bits that is one call of FlashAttention's kernel for unequal lengths, as torch has it;
     elsewhere, and for head sizes it does not take, torch's attention segment by segment.
+    Raises ValueError if the lengths differ.
     """
+    lengths = {sum(segments.query_lengths), query.shape[2], key.shape[2], value.shape[2]}
+    if len(lengths) > 1:
+        raise ValueError(f"segments, query, key and value must have one length L, got {sorted(lengths)}")
     key = key.index_select(2, segments.key_index)  # (1, H', K, d)
     value = value.index_select(2, segments.key_index)
 

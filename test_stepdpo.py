@@ -453,6 +453,13 @@ def test_attention_scales_by_the_size_of_a_head_unless_told_otherwise(tokenizer)
                               attention(query, key, value, segments, scale=0.25), atol=1e-6)
 
 
+def test_attention_refuses_lengths_that_differ():
+    segments, six, seven = data.pack([]).segments, torch.randn(1, 1, 6, 8), torch.randn(1, 1, 7, 8)
+    for inputs in ((six, six, six), (six[:, :, :1], seven, six)):
+        with pytest.raises(ValueError, match=r"must have one length L, got \[1, 6"):
+            packed_attention(*inputs, segments)
+
+
 def plain_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None,
                       window_size=(-1, -1), enable_gqa=False):
     """torch.nn.attention.varlen.varlen_attn in plain torch. As in FlashAttention, a query sees `left` keys
