@@ -48,7 +48,7 @@ stage() { # stage NAME LIMIT COMMAND...: at most LIMIT seconds, and none of thos
 if [[ -n ${DRY:-} ]]; then
     many=(--batch-size 4 --steps 1 --rounds 1) few=("${many[@]}") test=(--collect-only)
     demo=(--max-steps 1) recipe=$(mktemp)
-    sed 's/--test-problems [^ ]*//; s,demo/pairs,demo/eval_pairs,' demo/args > "$recipe"
+    sed 's/--test-problems [^ ]*//; s/--eval-data [^ ]*/--eval-data 0.2/; s,demo/pairs,demo/eval_pairs,' demo/args > "$recipe"
     shapes=(64,32,1000 33,64,1003 --repeats 2 --skip compiled) heads=(--heads 4,2,16 --tokens 700 --repeats 2)
     settings=(--ours='--offload gradients') exact=()
     shaped() { echo "--model demo/model"; }

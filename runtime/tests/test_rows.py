@@ -75,9 +75,9 @@ def test_what_cannot_be_read_is_named_by_file_and_line(tmp_path, case):
 ROWS = {  # changes to a row (... takes a field away), and what is said of it
     "of another kind": (dict(prompt=...), "has no field 'prompt'; a row needs prompt, initial_reason_steps"),
     "steps missing": (dict(initial_reason_steps=...), "has no field 'initial_reason_steps'"),
-    "steps null": (dict(initial_reason_steps=None), "'initial_reason_steps' must be text, got NoneType"),
+    "steps null": (dict(initial_reason_steps=None), "has no field 'initial_reason_steps'"),
     "steps a list": (dict(initial_reason_steps=["Step 1:"]), "'initial_reason_steps' must be text, got list"),
-    "chosen null": (dict(chosen=None), "'chosen' must be text, got NoneType"),
+    "chosen null": (dict(chosen=None), "has no field 'chosen'"),
     "chosen a number": (dict(chosen=3), "'chosen' must be text, got int"),
     "chosen a list": (dict(chosen=["a"]), "'chosen' must be text, got list"),
     "half a character": (dict(rejected=" half a \ud83d"), "'rejected' has half a character"),
