@@ -718,6 +718,7 @@ def test_two_batches_may_go_forward_before_one_goes_backward(workplace, tokenize
         torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_batches_of_other_lengths_and_segments_are_not_compiled_anew(tokenizer):
     graphs = []
 

@@ -22,7 +22,7 @@ PAIRS = [Pair([1] * 200, [1] * 50, [1] * 50, "")] * 64
 
 @pytest.mark.parametrize("tied, flags", [
     (False, ""),
-    (False, "--no-activation-checkpointing --no-share-prefix"),
+    pytest.param(False, "--no-activation-checkpointing --no-share-prefix", marks=pytest.mark.slow),
     pytest.param(False, "--offload gradients --tokens-per-micro-batch 600", marks=pytest.mark.slow),
     (False, "--offload all --shard-size 2"),
     pytest.param(True, "--offload moments --tokens-per-micro-batch 300", marks=pytest.mark.slow),

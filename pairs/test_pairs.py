@@ -978,7 +978,7 @@ def test_every_solution_is_counted_once(built, tokenizer, capsys):
     assert "none of the first 4 samples of the problem passes" in text and "\n0 tokens sampled" in text
 
 
-@pytest.mark.parametrize("every", [1, 3, 8])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 3, 8])
 def test_a_build_stopped_after_every_few_batches_ends_as_one_that_was_not(built, tokenizer, tmp_path, every):
     samples = 0
     for _ in range(1000):

@@ -34,7 +34,7 @@ def test_rows_find_their_way_from_any_number_of_shards_to_any_other(length, befo
         assert torch.equal(rows, whole[start:stop])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_preempted_run_saves_and_resumes_to_the_same_losses(workplace, run, tmp_path, number):
     out, held_out = tmp_path / "out", workplace / "eval.jsonl"
     flags = make_flags(workplace, out, eval_data=held_out, eval_every=3, save_every=2)

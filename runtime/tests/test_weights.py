@@ -402,9 +402,10 @@ def _write_slowly(source: str, out: str, shard_size: int, what: str) -> None:
     dist.barrier()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what, shard_size, written", [
-    pytest.param("the end of an export", 1, "config.json", marks=pytest.mark.slow),
-    pytest.param("each file", 2, "model.safetensors.index.json", marks=pytest.mark.slow),
+    ("the end of an export", 1, "config.json"),
+    ("each file", 2, "model.safetensors.index.json"),
     ("checkpoint", 1, "step-000001/state.json"),
 ])
 def test_a_disk_may_take_longer_than_processes_wait_for_each_other(tiny, tmp_path, what, shard_size, written):
