@@ -5,11 +5,12 @@ import json
 import os
 import random
 import re
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from typing import Any
 
@@ -146,12 +147,27 @@ def served_model(server: str, name: str) -> str:
 
 def post_all(server: str, path: str, bodies: list[dict], concurrency: int,
              take: Callable[[Any], Any]) -> Iterator[tuple[int, Any]]:
-    """Post all bodies to /v1/`path`, `concurrency` at a time; yields (index, take(reply)) as they come."""
+    """Post all bodies to /v1/`path`, `concurrency` at a time; yields (index, take(reply)) as they come.
+
+    After one that fails for good no other is begun.
+    """
     url = api_url(server, path)
     pool = ThreadPoolExecutor(concurrency)
+    has_failed = threading.Event()
+
+    def post(body: dict) -> Any:
+        if has_failed.is_set():
+            raise CancelledError
+        try:
+            return ask(url, take, body)
+        except BaseException:
+            has_failed.set()
+            raise
+
     try:
-        futures = {pool.submit(ask, url, take, body): i for i, body in enumerate(bodies)}
+        futures = {pool.submit(post, body): i for i, body in enumerate(bodies)}
         for future in as_completed(futures):
-            yield futures[future], future.result()
+            if not isinstance(future.exception(), CancelledError):
+                yield futures[future], future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
