@@ -17,6 +17,7 @@ The loss is the mean cross-entropy over the answer's tokens and the end-of-seque
 
 Any causal LM folder with a chat template works, randomly initialised ones too. Rows carry `question` and
 `answer`, the answer one step per line and ending in `#### N` (GSM8K); marks like `<<48/2=24>>` are removed.
+Or `question` and `solution`, which is taught as it is.
 """
 
 import argparse
@@ -50,7 +51,10 @@ class Example(NamedTuple):
 
 
 def steps_of(row: dict, where: str) -> str:
-    """GSM8K's worked solution as `Step k:` lines. Raises ValueError naming a row that is not of that form."""
+    """The solution that is taught: the row's own, or GSM8K's worked one as `Step k:` lines. Raises ValueError
+    naming a row that is of neither form."""
+    if isinstance(row.get("question"), str) and isinstance(row.get("solution"), str):
+        return row["solution"]
     if not isinstance(row.get("question"), str) or not isinstance(row.get("answer"), str):
         raise ValueError(f'{where}: needs the string fields "question" and "answer"')
     work, mark, final = row["answer"].rpartition("####")

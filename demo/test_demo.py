@@ -173,6 +173,8 @@ def test_supervised_rows_are_numbered_steps_that_the_pipeline_reads(tokenizer):
     ids, question = sft.encode(tokenizer, GSM8K, "here")
     assert tokenizer.decode(ids[question:]) == solution + tokenizer.eos_token  # EOS: an answer ends
     assert tokenizer.decode(ids[:question]) == data.open_turn(tokenizer, GSM8K["question"], "chat")
+    own = dict(question="x", solution="Step 1: as it is.\n\nAnd so on.")
+    assert sft.steps_of(own, "here") == own["solution"]
     for bad in (dict(question="x", answer="7"), dict(question="x", answer="#### 7"), dict(question="x")):
         with pytest.raises(ValueError, match="f:3: "):
             sft.steps_of(bad, "f:3")
