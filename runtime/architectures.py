@@ -1,5 +1,5 @@
-"""What models differ in, as far as training has to know: which of them packed rows would change, how their
-logits are scaled, how far their positions go, and the numbers that stand in no file.
+"""What models differ in, as far as training has to know: which of them packing would change, how their logits
+are scaled, how far their positions go, and the buffers that stand in no file. And our attention for them all.
 
 A model that would be trained as something else than it computes is refused by name and with the reason,
 before it takes any memory. The self-check of the trainer then compares what is left with its own forward.
@@ -66,13 +66,13 @@ def refuse_unsupported(model: nn.Module) -> None:
     kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
     if kinds or model._is_stateful:
         refuse_model(name, f"its layers ({', '.join(sorted(kinds)) or 'recurrent'}) connect tokens in other "
-                           "ways than causal attention and sliding windows, which packed rows would mix up")
+                           "ways than causal attention and sliding windows, which packing would mix up")
     if not model._can_set_attn_implementation():
         refuse_model(name, OWN_ATTENTION)
     if {*model.children()} != {model.base_model, head} or type(head) is not nn.Linear:
         refuse_model(name, "its logits are not those of its base model and one linear layer")
     if "position_ids" not in inspect.signature(model.get_decoder().forward).parameters:
-        refuse_model(name, "it counts positions itself, but a packed row has many beginnings")
+        refuse_model(name, "it counts positions itself, but a packed sequence has many beginnings")
     for key in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
         if getattr(config, key, None):
             refuse_model(name, f"it caps its logits ({key} = {getattr(config, key)}), and none are made here")
@@ -88,7 +88,7 @@ def logit_scale(model: nn.Module) -> float:
 
 def position_limit(model: nn.Module) -> float:
     """Tokens up to which a position means the same in every sequence: learned positions end there, and
-    dynamic and long RoPE use other frequencies as soon as one sequence of a row is longer."""
+    dynamic and long RoPE use other frequencies as soon as one pair is longer."""
     config = model.config.get_text_config()
     limits = [getattr(config, "max_position_embeddings", None) or math.inf]
     rope = getattr(config, "rope_parameters", None) or {}
@@ -104,7 +104,7 @@ def is_mixture(model: nn.Module) -> bool:
 
 
 def compute_buffers(model: nn.Module, device: torch.device) -> None:
-    """Give rotary frequencies and the like, which stand in no checkpoint, their numbers.
+    """Give rotary frequencies and the like, which stand in no checkpoint, their values.
 
     The model's own initialisation computes them. Raises InputError for one that it leaves as it was.
     """

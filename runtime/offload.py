@@ -1,4 +1,4 @@
-"""AdamW with its numbers in host memory, for models that are larger than the memory of the GPUs.
+"""AdamW with its tensors in host memory, for models that are larger than the memory of the GPUs.
 
 Of the 16 bytes per parameter that training with fp32 AdamW takes, a step needs few at a time:
 
