@@ -28,7 +28,7 @@ from runtime.files import add_lines, content_key, lock, parse_json, read_bytes, 
 from runtime.flags import flags
 from runtime.messages import InputError, print0
 from runtime.rows import fingerprint
-from runtime.weights import model_identity, resolve, weight_files
+from runtime.weights import model_identity, weight_files
 
 # ------------------------------------------------------------------------------------------ the output folder
 
@@ -94,14 +94,15 @@ def is_inside(path: str, folder: str) -> bool:
     return os.path.commonpath([folder, os.path.realpath(path)]) == folder
 
 
-def identity_of(folder: str, pairs: str, held_out: str, config: Namespace) -> dict[str, Any]:
+def identity_of(folder: str, reference_folder: str, pairs: str, held_out: str,
+                config: Namespace) -> dict[str, Any]:
     """What the result of a run depends on, as run.json holds it; the pairs by their fingerprints.
 
     Models are looked at by one rank of each node; the others have None for them.
     """
     models = {"model": folder}
     if config.reference:
-        models["reference"] = resolve(config.reference)
+        models["reference"] = reference_folder
     content = {"data": pairs, "eval_data": held_out}
     with waiting_for_disks():
         for name, path in models.items():

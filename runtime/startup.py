@@ -102,7 +102,9 @@ def prepare(config: Namespace) -> Run | None:
     with waiting_for_disks():  # each rank reads by itself, and downloads what the hub has
         pairs, held_out = rows.read_pairs(tokenizer, config)
 
-    identity = outputs.identity_of(folder, rows.fingerprint(pairs), rows.fingerprint(held_out), config)
+    reference_folder = weights.resolve(config.reference) if config.reference else folder
+    fingerprints = rows.fingerprint(pairs), rows.fingerprint(held_out)
+    identity = outputs.identity_of(folder, reference_folder, *fingerprints, config)
     outputs.refuse_other_nodes(identity, config)
     outputs.refuse_changes(identity, config.output_dir)
     if outputs.is_finished(config.output_dir):
@@ -113,7 +115,6 @@ def prepare(config: Namespace) -> Run | None:
     steps = config.epochs * data.steps_per_epoch(len(pairs), config.batch_size)
     steps = min(steps, config.max_steps or steps)
 
-    reference_folder = weights.resolve(config.reference) if config.reference else folder
     if config.reference and templates.read_tokenizer(reference_folder).get_vocab() != tokenizer.get_vocab():
         raise InputError(f"--reference {config.reference}: its vocabulary is not that of {config.model}")
     return Run(config, folder, reference_folder, tokenizer, pairs, held_out, steps, identity)
