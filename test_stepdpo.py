@@ -29,7 +29,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data
 import kernels
 import stepdpo
-from bench.memory import LiveBytes
 from bench.naive import naive_training
 from conftest import (
     CHATML,
@@ -54,6 +53,7 @@ from conftest import (
 )
 from kernels import packed_attention, plain_attention, plain_logps
 from runtime import startup
+from runtime.live_bytes import LiveBytes
 from runtime.messages import InputError
 from runtime.rows import read_rows
 from runtime.templates import read_tokenizer

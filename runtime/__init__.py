@@ -8,6 +8,9 @@
     weights.py        model folders into shards, and back
     hub_kernels.py    that transformers does not take our kernels.py for a package of Hugging Face
     offload.py        AdamW's tensors in host memory
+    gathering.py      micro-batches without copies, where memory allows
+    planning.py       what a run holds in memory, by arithmetic; bench/plan.py prints it
+    live_bytes.py     the bytes of tensors that live at the same time, counted
     checkpoints.py    complete or absent, for any number of processes
     outputs.py        the output folder of a run; the cache of reference log-probabilities
     commands.py       signals, torchrun's environment, how a command ends

@@ -142,6 +142,8 @@ def flags() -> "Parser":
         "gradients; or all, with the weights. bench/plan.py says what a model needs [nothing]")
     add("--shard-size", type=POSITIVE_INT,
         help="processes that share one copy of the model, those of a node where it fits there [all]")
+    add("--gather-once", action=switch, help="gather layers and reduce gradients once in an optimizer step, "
+        "not in every micro-batch, for 6 bytes per parameter on each GPU [where that fits; not on CPU]")
     add("--compile", action=switch, default=False, help="torch.compile each decoder layer")
     add("--dtype", choices=("bfloat16", "float32"),
         help="compute type; master weights are float32 [bfloat16 on CUDA, else float32]")
@@ -153,7 +155,7 @@ def flags() -> "Parser":
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags, with the defaults that depend on the device filled in.
 
-    That of --tokens-per-micro-batch depends on the pairs too: startup.py fills it in.
+    Those of --tokens-per-micro-batch and --gather-once depend on the pairs too: startup.py fills them in.
     """
     config = flags().parse_args(argv)
     import torch  # only now: a wrong flag is told before this takes its seconds

@@ -35,8 +35,8 @@ from runtime.weights import model_identity, weight_files
 WRITTEN = ("metrics.jsonl", "checkpoints", "model", "model.unfinished", "before.jsonl", "after.jsonl")
 # What may change when a run goes on: the result stays the same, and of what is read only the content counts.
 FREE = ("resume", "output_dir", "test_problems", "tokens_per_micro_batch", "eval_every", "save_every",
-        "timeout", "share_prefix", "activation_checkpointing", "offload", "shard_size", "compile",
-        "model", "reference", "data", "eval_data")
+        "timeout", "share_prefix", "activation_checkpointing", "offload", "shard_size", "gather_once",
+        "compile", "model", "reference", "data", "eval_data")
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import data
 from data import Pair
 from runtime import architectures, outputs, rows, templates, weights
 from runtime.commands import joining, local_processes, local_rank, waiting_for_disks
+from runtime.gathering import smallest_memory, with_gathering
 from runtime.messages import InputError, print0
 
 # -------------------------------------------------------------------------------------------------- processes
@@ -75,7 +76,7 @@ def mesh_of_ranks(shard_size: int | None) -> DeviceMesh:
 class Run(NamedTuple):
     """All that a run knows before it reads a weight."""
 
-    config: Namespace         # the flags, tokens per micro-batch filled in
+    config: Namespace         # the flags, with the defaults that depend on the pairs filled in
     folder: str               # of the model
     reference_folder: str     # of the reference: the same, but with --reference
     tokenizer: Any
@@ -112,6 +113,7 @@ def prepare(config: Namespace) -> Run | None:
         return None
     outputs.refuse_full_disk(folder, config)
     config = with_budget(config, pairs + held_out, local_device().type == "cuda")
+    config = with_gathering(config, folder, pairs, smallest_memory())
     steps = config.epochs * data.steps_per_epoch(len(pairs), config.batch_size)
     steps = min(steps, config.max_steps or steps)
 
