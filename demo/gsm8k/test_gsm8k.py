@@ -4,11 +4,14 @@ import gzip
 import sys
 from argparse import Namespace
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from conftest import HERE
 
 sys.path.insert(0, str(HERE / "demo/gsm8k"))
+import pieces  # noqa: E402
 import study  # noqa: E402
 from claims import make  # noqa: E402
 
@@ -74,3 +77,64 @@ def test_all_arms_have_the_same_pairs(args):
     assert study.STEP_PREFIX + whole["full_chosen"] == RIGHT
     assert study.STEP_PREFIX + whole["full_rejected"] == prefix + pair["full_rejected"]
     assert taught == dict(question=problem.prompt, solution=prefix + pair["full_chosen"])
+
+
+# ------------------------------------------------------------------------------- in pieces to another machine
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model of two tensors, one of which is 8-bit numbers times scales, and some text beside it."""
+    random = np.random.default_rng(0)
+    scales = np.array([[0.0], [3e-7], [0.125], [2.0]], np.float16)  # none, a subnormal, exact, large
+    numbers = random.integers(-126, 127, (4, 32))
+    numbers[:, 5], numbers[0] = [127, -127, 127, -127], 0
+    tensors = {"exact": (numbers * scales.astype(np.float32)).astype(np.float32),
+               "other": random.normal(size=(3, 32)).astype(np.float32), "short": np.ones(7, np.float16)}
+    (tmp_path / "model/sub").mkdir(parents=True)
+    save_file(tensors, tmp_path / "model/model.safetensors", {"format": "pt"})
+    (tmp_path / "model/sub/text.json").write_text("{}" * 2000)
+    return tmp_path / "model"
+
+
+def test_pieces_make_the_same_files_byte_for_byte(folder, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    pieces.cut(str(tmp_path / "cut"), [str(folder), str(tmp_path / "rows.jsonl")], 300 / 2**20)
+    names = sorted(path.name for path in (tmp_path / "cut").iterdir())
+    assert len(names) > 3 and names[0].startswith(f"01-of-{len(names):02}-")
+    assert all(path.stat().st_size <= 300 for path in (tmp_path / "cut").iterdir())
+
+    pieces.join(str(tmp_path / "cut"), str(tmp_path / "there"))
+    for path in (folder / "model.safetensors", folder / "sub/text.json", tmp_path / "rows.jsonl"):
+        assert (tmp_path / "there" / path.relative_to(tmp_path)).read_bytes() == path.read_bytes()
+
+    pieces.cut(str(tmp_path / "again"), [str(folder), str(tmp_path / "rows.jsonl")], 300 / 2**20)
+    assert names == sorted(path.name for path in (tmp_path / "again").iterdir())
+
+
+def test_only_exact_products_are_sent_as_8_bit_numbers(folder):
+    tensors = load_file(folder / "model.safetensors")
+    numbers, scales = pieces.as_numbers(tensors["exact"])
+    assert (numbers.dtype, scales.dtype) == (np.int8, np.float16)
+    assert pieces.as_values(numbers, scales).tobytes() == tensors["exact"].tobytes()
+    assert pieces.as_numbers(tensors["other"]) is None
+    assert pieces.as_numbers(np.full(32, np.nan, np.float32)) is None
+    assert pieces.as_numbers(np.full(32, -0.0, np.float32)) is None  # which is another zero
+    assert pieces.as_numbers(np.ones(33, np.float32)) is None
+
+
+def test_missing_and_damaged_pieces_are_named(folder, tmp_path):
+    pieces.cut(str(tmp_path / "cut"), [str(folder)], 300 / 2**20)
+    first, second, *_ = sorted((tmp_path / "cut").iterdir())
+    content = second.read_bytes()
+    second.unlink()
+    with pytest.raises(SystemExit, match="lacks 02"):
+        pieces.join(str(tmp_path / "cut"), str(tmp_path / "there"))
+    second.write_bytes(content[:-1] + b"!")
+    with pytest.raises(SystemExit, match=f"{second.name} is damaged"):
+        pieces.join(str(tmp_path / "cut"), str(tmp_path / "there"))
+    second.write_bytes(content)
+    first.with_name("01-of-99-0123456789ab").write_bytes(b"")
+    with pytest.raises(SystemExit, match="several archives"):
+        pieces.join(str(tmp_path / "cut"), str(tmp_path / "there"))
+    assert not (tmp_path / "there").exists()
