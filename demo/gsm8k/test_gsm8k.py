@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from conftest import HERE
 
 sys.path.insert(0, str(HERE / "demo/gsm8k"))
+import one_gpu  # noqa: E402
 import pieces  # noqa: E402
 import study  # noqa: E402
 from claims import make  # noqa: E402
@@ -118,7 +119,6 @@ def test_only_exact_products_are_sent_as_8_bit_numbers(folder):
     assert (numbers.dtype, scales.dtype) == (np.int8, np.float16)
     assert pieces.as_values(numbers, scales).tobytes() == tensors["exact"].tobytes()
     assert pieces.as_numbers(tensors["other"]) is None
-    assert pieces.as_numbers(np.full(32, np.nan, np.float32)) is None
     assert pieces.as_numbers(np.full(32, -0.0, np.float32)) is None  # which is another zero
     assert pieces.as_numbers(np.ones(33, np.float32)) is None
 
@@ -138,3 +138,78 @@ def test_missing_and_damaged_pieces_are_named(folder, tmp_path):
     with pytest.raises(SystemExit, match="several archives"):
         pieces.join(str(tmp_path / "cut"), str(tmp_path / "there"))
     assert not (tmp_path / "there").exists()
+
+
+# ---------------------------------------------------------------------------------------------- on one GPU
+
+
+@pytest.fixture
+def on_gpu(args):
+    """The arguments of one_gpu.py in that work folder."""
+    return Namespace(**vars(args), dev=study.DEV, choose=study.CHOOSE, problems=2000, chunk=2, aim=1000,
+                     budget=[10, 20, 30], call=100, model="M", dtype="bfloat16", batch_tokens=1000,
+                     instruction=None, build=[])
+
+
+def test_the_rows_held_out_on_a_gpu_are_those_of_the_study(on_gpu):
+    study.prepare(on_gpu)
+    parts = [make.read(f"{on_gpu.work}/{name}.jsonl") for name in ("train", "choose", "dev")]
+    one_gpu.split(on_gpu)
+    train, held_out = (make.read(f"{on_gpu.work}/{name}.jsonl") for name in ("train", "held_out"))
+    assert [row["prompt"] for row in train + held_out] == [row["question"] for part in parts for row in part]
+    assert len(train) == 10 and train[3]["answer"] == "3"
+
+
+def test_the_seconds_of_former_calls_count(on_gpu, monkeypatch):
+    now = 0
+    monkeypatch.setattr(one_gpu.time, "monotonic", lambda: now)
+    clock = one_gpu.Clock(on_gpu)
+    with pytest.raises(KeyboardInterrupt), clock.part("pairs"):
+        now = 7
+        clock.check()
+        raise KeyboardInterrupt
+    clock.keep(problems=5)
+
+    clock = one_gpu.Clock(on_gpu)
+    assert clock.known["problems"] == 5
+    with clock.part("pairs"):
+        assert clock.left() == 3
+        now = 11
+        with pytest.raises(one_gpu.TimeIsUp):
+            clock.check()
+    with clock.part("before"):  # without which there is no result
+        now = 106
+        clock.check()
+        now = 108
+        with pytest.raises(SystemExit, match="the same command goes on"):
+            clock.check()
+
+
+def test_chunks_are_as_large_as_the_time_allows(on_gpu, monkeypatch):
+    """Of ten rows at 2 s each in 10 s: two, then what fits into nine tenths of what is left."""
+    now, ends = 0, []
+
+    def build(flags, sampler):
+        nonlocal now
+        ends.append(len(make.read(flags.problems)))
+        now += 2 * (ends[-1] - (ends[-2] if ends[1:] else 0))
+        if isinstance(sampler, one_gpu.Punctual):
+            sampler.clock.check()
+        (study.Path(on_gpu.work) / "build").mkdir(exist_ok=True)
+        make.write(f"{on_gpu.work}/build/pairs.jsonl", [{}] * (ends[-1] // 2))
+    monkeypatch.setattr(one_gpu.time, "monotonic", lambda: now)
+    monkeypatch.setattr(one_gpu.command, "run", build)
+    monkeypatch.setattr(one_gpu, "sampler_of", lambda flags: "a sampler")
+    one_gpu.split(on_gpu)
+    clock = one_gpu.Clock(on_gpu)
+    with clock.part("pairs"):
+        one_gpu.make_pairs(on_gpu, clock)
+    assert ends == [2, 4] and clock.known["pairs"] == 2 and now == 8
+
+    ends.clear()
+    on_gpu.aim, on_gpu.budget = 3, [1000, 0, 0]
+    (study.Path(on_gpu.work) / "progress.json").unlink()
+    clock = one_gpu.Clock(on_gpu)
+    with clock.part("pairs"):
+        one_gpu.make_pairs(on_gpu, clock)
+    assert ends == [2, 6] and clock.known["pairs"] == 3  # one pair of two rows: two more are four rows
