@@ -54,10 +54,10 @@ if [[ -n ${DRY:-} ]]; then
     shapes=(64,32,1000 33,64,1003 --repeats 2 --skip compiled) heads=(--heads 4,2,16 --tokens 700 --repeats 2)
     settings=(--ours='--offload gradients') exact=()
     toy=$(mktemp -d)
-    cp demo/test.jsonl "$toy/gsm8k_train.jsonl"
+    cp demo/pairs.jsonl "$toy/gsm8k_train.jsonl"  # problems that pairs can be made of
     real=(--pieces "$toy/pieces" --work "$toy/work" --instruction '' --dev 16 --choose 4 --chunk 8 --problems 12
           --arms sft step --rates 3e-5 --epochs 1 --batch-size 8 --answer-tokens 320
-          --build --certainty 0.3 --max-rollouts 8 --rectify-samples 4 --check-rollouts 2)
+          --build --certainty 0.3 --max-rollouts 12 --rectify-samples 4 --check-rollouts 2)
     shaped() { echo "--model demo/model"; }
 else
     many=(--batch-size 64 --steps 4 --rounds 2) few=(--batch-size 8 --steps 3 --rounds 1) test=() demo=() recipe=demo/args
