@@ -12,10 +12,10 @@
 #     loss        the head alone, against every peer
 #     attention   attention alone, against what else could compute it
 #     profile     7B: where the time of a step goes
-#     steps       7B: self-check, peak memory, tokens per micro-batch, compiled, offloaded
+#     steps       7B, micro-batches of 8,192 tokens: self-check, peak memory, compiled, offloaded, gathered once
 #     trl-SIZE    whole steps of 0.5B, 1.5B and 7B against TRL's defaults, and what may be its best
-#     real        only by name: Step-DPO on a real model, demo/gsm8k/one_gpu.py, in two calls of 10 minutes. PIECES is
-#                 the folder with its pieces [runs/gsm8k/pieces], BUDGET the seconds of its parts [300 170 150]
+#     real        only by name: Step-DPO on a real model, demo/gsm8k/one_gpu.py, in two calls of 10 minutes. PIECES
+#                 is the folder with its pieces [runs/gsm8k/pieces], BUDGET the seconds of its parts [300 170 150]
 #
 # A stage whose result is there for this device is done; delete the file to measure anew. RESULTS is the folder for
 # the JSON [bench/results], TIME the seconds to spend [585], LOSS="--skip cce" passes flags to loss.py, for a peer
@@ -62,8 +62,11 @@ if [[ -n ${DRY:-} ]]; then
 else
     many=(--batch-size 64 --steps 4 --rounds 2) few=(--batch-size 8 --steps 3 --rounds 1) test=() demo=() recipe=demo/args
     shapes=(1024,8192,152064 2048,3584,152064 8192,4096,151936) heads=()
-    settings=(--ours='--tokens-per-micro-batch 4096' --ours=--compile --ours='--offload moments'
-              --ours='--offload gradients')
+    settings=(--ours=--compile --ours='--offload moments' --ours='--offload gradients' --ours='--offload all')
+    # Layers that stay gathered take 46 GB more at 7B: room that offloaded moments leave, where it is the default.
+    if "$python" stepdpo.py --help | grep -q -- --gather-once; then
+        settings+=(--ours='--offload moments --no-gather-once')
+    fi
     exact=(--ours='--dtype float32')
     real=(--pieces "${PIECES:-runs/gsm8k/pieces}")
     shaped() { echo "--shape qwen2-$1 --model $model"; }
@@ -100,8 +103,8 @@ run_stage() {
             "$python" demo/gsm8k/pieces.py cut "$toy/pieces" demo/model "$toy/gsm8k_train.jsonl" --mib 1 || exit
         fi
         # shellcheck disable=SC2086
-        stage real 585 "$python" demo/gsm8k/one_gpu.py --out "$results/real-$device.json" --budget ${BUDGET:-300 170 150} \
-            --call $((deadline - SECONDS - 10)) "${real[@]}" ;;
+        stage real 585 "$python" demo/gsm8k/one_gpu.py --out "$results/real-$device.json" \
+            --budget ${BUDGET:-300 170 150} --call $((deadline - SECONDS - 10)) "${real[@]}" ;;
     *) echo "gpu.sh: no stage is called $1"; exit 2 ;;
     esac
 }
