@@ -213,3 +213,49 @@ def test_chunks_are_as_large_as_the_time_allows(on_gpu, monkeypatch):
     with clock.part("pairs"):
         one_gpu.make_pairs(on_gpu, clock)
     assert ends == [2, 6] and clock.known["pairs"] == 3  # one pair of two rows: two more are four rows
+
+
+def test_a_sampler_stops_between_batches_but_not_after_the_last(on_gpu, monkeypatch):
+    now, drawn = 0, []
+
+    class Sampler:
+        def sample(self, wanted):
+            nonlocal now
+            for name in wanted:
+                now += 6
+                drawn.append(name)
+                yield [name]
+
+    monkeypatch.setattr(one_gpu.time, "monotonic", lambda: now)
+    clock = one_gpu.Clock(on_gpu)
+    with clock.part("pairs"):
+        assert list(one_gpu.Punctual(Sampler(), clock).sample(["a"])) == [["a"]]
+        with pytest.raises(one_gpu.TimeIsUp):
+            list(one_gpu.Punctual(Sampler(), clock).sample(["b", "c"]))
+        with pytest.raises(one_gpu.TimeIsUp):
+            list(one_gpu.Punctual(Sampler(), clock).sample(["d"]))
+    assert drawn == ["a", "b"]
+
+
+def test_an_arm_that_is_late_or_fails_is_ended_and_left_out(on_gpu, tmp_path, capsys):
+    on_gpu.budget = [0, 1, 0]
+    clock = one_gpu.Clock(on_gpu)
+    running = {str(tmp_path / name): one_gpu.start(["-c", code], str(tmp_path / f"{name}.log"))
+               for name, code in (("good", ""), ("bad", "print(6 * 7); raise SystemExit(3)"),
+                                  ("late", "import time; time.sleep(60)"))}
+    with clock.part("train"):
+        one_gpu.wait_for_all(running, clock)
+    assert all(process.poll() is not None for process in running.values())
+    assert clock.known["seconds"]["train"] < 30
+    out = capsys.readouterr().out
+    assert "bad failed:\n42" in out and "late: no time left, ended" in out
+
+
+def test_all_arms_take_as_many_optimizer_steps(on_gpu):
+    make.write(f"{on_gpu.work}/sft.jsonl", [{}] * 70)
+    on_gpu.epochs, on_gpu.batch_size = 4, 32
+    flags = one_gpu.training(on_gpu, "sft", "1e-5", "out")
+    assert flags[0] == "demo/sft.py" and flags[flags.index("--batch-size") + 1] == "35"  # 2 steps an epoch
+    assert flags[flags.index("--export-dtype") + 1] == "fp32"  # as the others
+    flags = one_gpu.training(on_gpu, "nll1", "1e-5", "out")
+    assert flags[0] == "stepdpo.py" and flags[flags.index("--nll-weight") + 1] == "1"
