@@ -12,8 +12,10 @@
 #     loss        the head alone, against every peer
 #     attention   attention alone, against what else could compute it
 #     profile     7B: where the time of a step goes
-#     steps       7B: self-check, peak memory, tokens per micro-batch, compiled, offloaded
+#     steps       7B, micro-batches of 8,192 tokens: self-check, peak memory, compiled, offloaded, gathered once
 #     trl-SIZE    whole steps of 0.5B, 1.5B and 7B against TRL's defaults, and what may be its best
+#     real        only by name: Step-DPO on a real model, demo/gsm8k/one_gpu.py, in two calls of 10 minutes. PIECES
+#                 is the folder with its pieces [runs/gsm8k/pieces], BUDGET the seconds of its parts [300 170 150]
 #
 # A stage whose result is there for this device is done; delete the file to measure anew. RESULTS is the folder for
 # the JSON [bench/results], TIME the seconds to spend [585], LOSS="--skip cce" passes flags to loss.py, for a peer
@@ -51,13 +53,22 @@ if [[ -n ${DRY:-} ]]; then
     sed 's/--test-problems [^ ]*//; s/--eval-data [^ ]*/--eval-data 0.2/; s,demo/pairs,demo/eval_pairs,' demo/args > "$recipe"
     shapes=(64,32,1000 33,64,1003 --repeats 2 --skip compiled) heads=(--heads 4,2,16 --tokens 700 --repeats 2)
     settings=(--ours='--offload gradients') exact=()
+    toy=$(mktemp -d)
+    cp demo/pairs.jsonl "$toy/gsm8k_train.jsonl"  # problems that pairs can be made of
+    real=(--pieces "$toy/pieces" --work "$toy/work" --instruction '' --dev 16 --choose 4 --chunk 8 --problems 12
+          --arms sft step --rates 3e-5 --epochs 1 --batch-size 8 --answer-tokens 320
+          --build --certainty 0.3 --max-rollouts 12 --rectify-samples 4 --check-rollouts 2)
     shaped() { echo "--model demo/model"; }
 else
     many=(--batch-size 64 --steps 4 --rounds 2) few=(--batch-size 8 --steps 3 --rounds 1) test=() demo=() recipe=demo/args
     shapes=(1024,8192,152064 2048,3584,152064 8192,4096,151936) heads=()
-    settings=(--ours='--tokens-per-micro-batch 4096' --ours=--compile --ours='--offload moments'
-              --ours='--offload gradients')
+    settings=(--ours=--compile --ours='--offload moments' --ours='--offload gradients' --ours='--offload all')
+    # Layers that stay gathered take 46 GB more at 7B: room that offloaded moments leave, where it is the default.
+    if "$python" stepdpo.py --help | grep -q -- --gather-once; then
+        settings+=(--ours='--offload moments --no-gather-once')
+    fi
     exact=(--ours='--dtype float32')
+    real=(--pieces "${PIECES:-runs/gsm8k/pieces}")
     shaped() { echo "--shape qwen2-$1 --model $model"; }
 fi
 
@@ -87,6 +98,13 @@ run_stage() {
     steps) steps steps-7b 7b "${many[@]}" --rounds 1 "${settings[@]}" --only '^ours$|^ours, --' ;;
     trl-*) steps "$1" "${1#trl-}" "${many[@]}" --trl-micro-batch 8 32 \
         --only '^ours$|^ours, no-act|^trl$|^trl, precomputed$|liger' ;;
+    real)
+        if [[ -n ${DRY:-} ]]; then
+            "$python" demo/gsm8k/pieces.py cut "$toy/pieces" demo/model "$toy/gsm8k_train.jsonl" --mib 1 || exit
+        fi
+        # shellcheck disable=SC2086
+        stage real 585 "$python" demo/gsm8k/one_gpu.py --out "$results/real-$device.json" \
+            --budget ${BUDGET:-300 170 150} --call $((deadline - SECONDS - 10)) "${real[@]}" ;;
     *) echo "gpu.sh: no stage is called $1"; exit 2 ;;
     esac
 }

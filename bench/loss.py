@@ -3,10 +3,20 @@
 
     python bench/loss.py                                           # the GPU's shapes, or small ones on a CPU
     python bench/loss.py --shapes 64,32,1000 --repeats 2 --skip compiled --out /tmp/loss.json     # seconds
-    pip install liger-kernel cut-cross-entropy quack-kernels nvidia-cutlass-dsl   # the peers, each optional
+    pip install "liger-kernel[cutedsl]" cut-cross-entropy quack-kernels "nvidia-cutlass-dsl[cu13]"   # peers
 
 All methods get the same hidden (T, D), weight (V, D), targets and random gradient per token, and return both
-gradients. One that is not installed or cannot run here is listed with the reason. The columns:
+gradients. One that is not installed or cannot run here is listed with the reason.
+
+torch        torch's own linear_cross_entropy, with its automatic options
+liger        Liger's Triton kernels, all of the logits in chunks of tokens
+liger-cute   Liger's CuTe kernels for sm_90 (its pull requests 1334 and 1370): as ours, per token
+liger-tp     Liger's CUTLASS kernels for sm_90 (1422), made for tensor parallelism; here in a group of one
+cce          cut-cross-entropy, with and without its filter of small gradients
+quack        QuACK's chunked loss, which makes the gradients in its forward and so needs a sum
+quack-logits QuACK's row kernels on all logits in 16 bit: what it has per token
+
+The columns:
 
 ms          median over the repeats of one forward and backward, by the clock; all methods take turns
 x bare      that over the bare GEMMs in the same turns: logits, dhidden and dweight (6 T V D FLOPs) by the
@@ -20,7 +30,8 @@ untargeted  the same over 128 rows that are nobody's: they only get softmax mass
 per token   yes: an fp32 value for each token, and exact gradients for any gradient per token
 
 Logits have standard deviation 4, targets a log-probability of about -3, as in a language model; errors and
-filters depend on it. Written for liger-kernel 0.8.5, cut-cross-entropy 25.1.1 and quack-kernels 0.6.5.
+filters depend on it. Written for liger-kernel and liger-cute-kernels 0.8.5, cut-cross-entropy 25.1.1,
+quack-kernels 0.6.5 and nvidia-cutlass-dsl 4.8.1. No GPU has run liger-cute, liger-tp or the two of QuACK yet.
 """
 
 import argparse
@@ -88,6 +99,30 @@ def liger_cute():
     return lambda h, w, t: -fused.LigerFusedLinearScaledCrossEntropyFunction.apply(h, w, t)
 
 
+def liger_tp():
+    import torch.distributed as dist
+    from liger_cute_kernels import nvshmem
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyTPFunction as Fused
+    from liger_kernel.ops.configure import FusedLinearCrossEntropyConfig, configure
+    from liger_kernel.ops.cute.fused_linear_scaled_cross_entropy_tp import is_available
+    if torch.cuda.get_device_capability() != (9, 0) or not is_available():
+        raise RuntimeError("its kernels for sm_90 are not there; Liger runs plain torch in their place")
+    is_first = not dist.is_initialized()
+    if is_first:
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    configured = []
+
+    def logps(h, w, t):
+        if not configured:
+            if not is_first:
+                nvshmem.pool_clear_all()  # what was reserved for another shape cannot grow
+            sizes = FusedLinearCrossEntropyConfig(max_tokens=len(t), hidden_size=h.shape[1],
+                                                  local_vocab_size=len(w))
+            configured.append(configure(bootstrap_group=dist.group.WORLD, device=h.device, flsce=sizes))
+        return -Fused.apply(h, w, t, dist.group.WORLD)
+    return logps
+
+
 def cce(filter_eps: str | None):
     from cut_cross_entropy import linear_cross_entropy
     return lambda h, w, t: -linear_cross_entropy(h, w, t, reduction="none", filter_eps=filter_eps)
@@ -98,24 +133,35 @@ def quack():
     return lambda h, w, t: -chunked_linear_cross_entropy(h, w, t, reduction="sum")
 
 
+def quack_logits():
+    from quack.linear_cross_entropy import linear_cross_entropy_func
+    return lambda h, w, t: -linear_cross_entropy_func(h, w, None, t, reduction="none", inplace_backward=True)
+
+
 METHODS = {  # name: (maker, modules to be installed, whether it needs CUDA, what it gives per token)
     "ours": (lambda: kernels.linear_logps, (), False, "yes"),
     "plain": (lambda: kernels.plain_logps, (), False, "yes"),
     "compiled": (compiled, (), False, "yes"),
     "torch": (torch_own, (), False, "yes"),
     "liger": (liger, ("liger_kernel",), True, "yes"),
-    "liger-cute": (liger_cute, ("liger_kernel", "cutlass"), True, "yes"),
+    "liger-cute": (liger_cute, ("liger_kernel", "cutlass", "tvm_ffi"), True, "yes"),
+    "liger-tp": (liger_tp, ("liger_kernel", "liger_cute_kernels", "tvm_ffi"), True, "yes"),
     "cce": (lambda: cce(None), ("cut_cross_entropy",), True, "yes"),
     "cce-filter": (lambda: cce("auto"), ("cut_cross_entropy",), True, "gradients filtered"),
     "quack": (quack, ("quack", "cutlass"), True, "sum only"),
+    "quack-logits": (quack_logits, ("quack", "cutlass"), True, "yes"),
 }
+PACKAGES = {  # by module
+    "liger_kernel": "liger-kernel", "liger_cute_kernels": "liger-cute-kernels[cu13]",
+    "tvm_ffi": "apache-tvm-ffi", "cutlass": "nvidia-cutlass-dsl[cu13]",
+    "cut_cross_entropy": "cut-cross-entropy", "quack": "quack-kernels"}
 
 
 def why_not(name: str, skip: list[str]) -> str | None:
     _, modules, needs_cuda, _ = METHODS[name]
     absent = [module for module in modules if importlib.util.find_spec(module) is None]
     if absent:
-        return f"not installed (module {', '.join(absent)})"
+        return f"not installed: pip install {' '.join(PACKAGES[module] for module in absent)}"
     if needs_cuda and not CUDA:
         return "needs CUDA"
     return "left out by --skip" if name in skip else None
@@ -237,16 +283,16 @@ def measure(inputs: Inputs, repeats: int, skip: list[str]) -> dict:
 
 def table(results: dict) -> list[str]:
     columns = "".join(f"{key:>12}" for key in ERRORS)
-    lines = [f"{'':11}{'ms':>10}{'x bare':>8}{'extra MB':>10}{columns}  per token",
-             f"{'bare GEMMs':11}{results['bare']['seconds'] * 1e3:10.2f}{1:8.2f}"]
+    lines = [f"{'':13}{'ms':>10}{'x bare':>8}{'extra MB':>10}{columns}  per token",
+             f"{'bare GEMMs':13}{results['bare']['seconds'] * 1e3:10.2f}{1:8.2f}"]
     for name in METHODS:
         row = results[name]
         if "missing" in row:
-            lines.append(f"{name:11}missing: {row['missing']}")
+            lines.append(f"{name:13}missing: {row['missing']}")
             continue
         ms, extra = row["seconds"] * 1e3, row["extra_bytes"] / 1e6
         errors = "".join(f"{row[key]:12.1e}" for key in ERRORS)
-        lines.append(f"{name:11}{ms:10.2f}{row['ratio']:8.2f}{extra:10.1f}{errors}  {row['per_token']}")
+        lines.append(f"{name:13}{ms:10.2f}{row['ratio']:8.2f}{extra:10.1f}{errors}  {row['per_token']}")
     return lines
 
 

@@ -158,11 +158,11 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def export(model, tokenizer, out: str) -> None:
-    """Write an ordinary model folder in bf16, complete or not at all: written beside, then renamed."""
+def export(model, tokenizer, out: str, dtype: torch.dtype) -> None:
+    """Write an ordinary model folder, complete or not at all: written beside, then renamed."""
     beside = f"{out}.writing"
     shutil.rmtree(beside, ignore_errors=True)
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(beside)
+    copy.deepcopy(model).to(dtype).save_pretrained(beside)
     tokenizer.save_pretrained(beside)
     if os.path.exists(out):
         os.rename(out, f"{out}.old")
@@ -189,6 +189,8 @@ def main() -> None:
     add("--max-tokens", type=POSITIVE_INT, default=1024, help="leave out longer rows, counted [1024]")
     add("--dtype", choices=("fp32", "bf16"), default="fp32",
         help="arithmetic of forward and backward; the weights and AdamW stay fp32 [fp32]")
+    add("--export-dtype", choices=("fp32", "bf16"), default="bf16",
+        help="of the model that is written; bf16 rounds away what a small learning rate has changed [bf16]")
     add("--seed", type=INT, default=0, help="of the order of the rows [0]")
     add("--minutes", type=float, default=math.inf,
         help="stop after this long; the schedule then follows the clock if that is faster [never]")
@@ -208,7 +210,7 @@ def main() -> None:
         sys.exit(f"sft: the tokenizer gives token {largest}, the model has {model.config.vocab_size}")
 
     def save() -> None:
-        export(model, tokenizer, args.out)
+        export(model, tokenizer, args.out, torch.float32 if args.export_dtype == "fp32" else torch.bfloat16)
 
     train(model, examples, args, save)
     save()

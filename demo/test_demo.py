@@ -193,6 +193,18 @@ def test_supervised_loss_is_that_of_the_answer_alone(tiny, tokenizer):
     assert sft.loss_of(model, examples).item() == pytest.approx(total / tokens, rel=1e-5)
 
 
+def test_an_export_in_fp32_keeps_what_bf16_rounds_away(tiny, tokenizer, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    weight = model.get_input_embeddings().weight
+    with torch.no_grad():
+        weight.fill_(1 + 1e-5)
+    for dtype, expected in ((torch.float32, weight.max().item()), (torch.bfloat16, 1.0)):
+        sft.export(model, tokenizer, str(tmp_path / "out"), dtype)
+        stored = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+        assert stored.get_input_embeddings().weight.dtype == dtype
+        assert stored.get_input_embeddings().weight.max().item() == expected
+
+
 def test_supervised_training_writes_a_model_that_has_learned(tiny, tmp_path, monkeypatch, capsys):
     path = write_jsonl(tmp_path / "rows.jsonl", [GSM8K] * 12)
     flags = ["--model", tiny, "--data", path, "--rows", ":-4", "--out", str(tmp_path / "out"), "--epochs=12",

@@ -212,7 +212,7 @@ def trained(args: argparse.Namespace, arm: str, rate: str, seed: int) -> str:
         count = len(make.read(rows))
         batch = math.ceil(count / data.steps_per_epoch(count, BATCH))
         make.run(THREADS, "demo/sft.py", *common, "--batch-size", str(batch), "--epochs", str(EPOCHS),
-                 "--out", f"{out}/model")
+                 "--export-dtype", "fp32", "--out", f"{out}/model")
     else:
         make.run(1, "-m", "torch.distributed.run", "--nproc_per_node", str(THREADS), "stepdpo.py", *common,
                  *TRAIN, *ARMS[arm], "--output-dir", out)
@@ -242,15 +242,20 @@ def train(args: argparse.Namespace) -> dict[str, tuple[str, list[list[bool]]]]:
 
 def report(args: argparse.Namespace) -> None:
     untrained, found = before(args), train(args)
+    print_table(len(make.read(f"{args.work}/pairs.jsonl")), untrained, found)
+
+
+def print_table(pairs: int, untrained: list[bool], found: dict[str, tuple[str, list[list[bool]]]]) -> None:
+    """What `train` has found, beside the answers of the model before."""
     mean = {arm: claims.over_seeds(by_seed) for arm, (_, by_seed) in found.items()}
-    print(f"\n{len(make.read(f'{args.work}/pairs.jsonl'))} pairs, {DEV} problems:\n")
+    print(f"\n{pairs} pairs, {len(untrained)} problems:\n")
     print("| trained with | learning rate | accuracy by seed | gain | 95% interval |\n|---|---|---|---|---|\n"
           f"| nothing | | {claims.share(untrained):.1%} | | |")
     for arm, (rate, by_seed) in found.items():
         points, low, high = claims.percent_gain(untrained, mean[arm])
         accuracies = ", ".join(f"{claims.share(right):.1%}" for right in by_seed)
         print(f"| {TITLES[arm]} | {rate} | {accuracies} | {points:+.1f} | {low:+.1f} to {high:+.1f} |")
-    for arm in args.arms if "step" in args.arms else []:
+    for arm in found if "step" in found else []:
         points, low, high = claims.percent_gain(mean[arm], mean["step"])
         if arm != "step":
             print(f"Step-DPO over {TITLES[arm]}: {points:+.1f}, 95% interval {low:+.1f} to {high:+.1f}")

@@ -4,11 +4,15 @@ import gzip
 import sys
 from argparse import Namespace
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from conftest import HERE
 
 sys.path.insert(0, str(HERE / "demo/gsm8k"))
+import one_gpu  # noqa: E402
+import pieces  # noqa: E402
 import study  # noqa: E402
 from claims import make  # noqa: E402
 
@@ -74,3 +78,184 @@ def test_all_arms_have_the_same_pairs(args):
     assert study.STEP_PREFIX + whole["full_chosen"] == RIGHT
     assert study.STEP_PREFIX + whole["full_rejected"] == prefix + pair["full_rejected"]
     assert taught == dict(question=problem.prompt, solution=prefix + pair["full_chosen"])
+
+
+# ------------------------------------------------------------------------------- in pieces to another machine
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model of two tensors, one of which is 8-bit numbers times scales, and some text beside it."""
+    random = np.random.default_rng(0)
+    scales = np.array([[0.0], [3e-7], [0.125], [2.0]], np.float16)  # none, a subnormal, exact, large
+    numbers = random.integers(-126, 127, (4, 32))
+    numbers[:, 5], numbers[0] = [127, -127, 127, -127], 0
+    tensors = {"exact": (numbers * scales.astype(np.float32)).astype(np.float32),
+               "other": random.normal(size=(3, 32)).astype(np.float32), "short": np.ones(7, np.float16)}
+    (tmp_path / "model/sub").mkdir(parents=True)
+    save_file(tensors, tmp_path / "model/model.safetensors", {"format": "pt"})
+    (tmp_path / "model/sub/text.json").write_text("{}" * 2000)
+    return tmp_path / "model"
+
+
+def test_pieces_make_the_same_files_byte_for_byte(folder, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    pieces.cut(str(tmp_path / "cut"), [str(folder), str(tmp_path / "rows.jsonl")], 300 / 2**20)
+    names = sorted(path.name for path in (tmp_path / "cut").iterdir())
+    assert len(names) > 3 and names[0].startswith(f"01-of-{len(names):02}-")
+    assert all(path.stat().st_size <= 300 for path in (tmp_path / "cut").iterdir())
+
+    pieces.join(str(tmp_path / "cut"), str(tmp_path / "there"))
+    for path in (folder / "model.safetensors", folder / "sub/text.json", tmp_path / "rows.jsonl"):
+        assert (tmp_path / "there" / path.relative_to(tmp_path)).read_bytes() == path.read_bytes()
+
+    pieces.cut(str(tmp_path / "again"), [str(folder), str(tmp_path / "rows.jsonl")], 300 / 2**20)
+    assert names == sorted(path.name for path in (tmp_path / "again").iterdir())
+
+
+def test_only_exact_products_are_sent_as_8_bit_numbers(folder):
+    tensors = load_file(folder / "model.safetensors")
+    numbers, scales = pieces.as_numbers(tensors["exact"])
+    assert (numbers.dtype, scales.dtype) == (np.int8, np.float16)
+    assert pieces.as_values(numbers, scales).tobytes() == tensors["exact"].tobytes()
+    assert pieces.as_numbers(tensors["other"]) is None
+    assert pieces.as_numbers(np.full(32, -0.0, np.float32)) is None  # which is another zero
+    assert pieces.as_numbers(np.ones(33, np.float32)) is None
+
+
+def test_missing_and_damaged_pieces_are_named(folder, tmp_path):
+    pieces.cut(str(tmp_path / "cut"), [str(folder)], 300 / 2**20)
+    first, second, *_ = sorted((tmp_path / "cut").iterdir())
+    content = second.read_bytes()
+    second.unlink()
+    with pytest.raises(SystemExit, match="lacks 02"):
+        pieces.join(str(tmp_path / "cut"), str(tmp_path / "there"))
+    second.write_bytes(content[:-1] + b"!")
+    with pytest.raises(SystemExit, match=f"{second.name} is damaged"):
+        pieces.join(str(tmp_path / "cut"), str(tmp_path / "there"))
+    second.write_bytes(content)
+    first.with_name("01-of-99-0123456789ab").write_bytes(b"")
+    with pytest.raises(SystemExit, match="several archives"):
+        pieces.join(str(tmp_path / "cut"), str(tmp_path / "there"))
+    assert not (tmp_path / "there").exists()
+
+
+# ---------------------------------------------------------------------------------------------- on one GPU
+
+
+@pytest.fixture
+def on_gpu(args):
+    """The arguments of one_gpu.py in that work folder."""
+    return Namespace(**vars(args), dev=study.DEV, choose=study.CHOOSE, problems=2000, chunk=2, aim=1000,
+                     budget=[10, 20, 30], call=100, model="M", dtype="bfloat16", batch_tokens=1000,
+                     instruction=None, build=[])
+
+
+def test_the_rows_held_out_on_a_gpu_are_those_of_the_study(on_gpu):
+    study.prepare(on_gpu)
+    parts = [make.read(f"{on_gpu.work}/{name}.jsonl") for name in ("train", "choose", "dev")]
+    one_gpu.split(on_gpu)
+    train, held_out = (make.read(f"{on_gpu.work}/{name}.jsonl") for name in ("train", "held_out"))
+    assert [row["prompt"] for row in train + held_out] == [row["question"] for part in parts for row in part]
+    assert len(train) == 10 and train[3]["answer"] == "3"
+
+
+def test_the_seconds_of_former_calls_count(on_gpu, monkeypatch):
+    now = 0
+    monkeypatch.setattr(one_gpu.time, "monotonic", lambda: now)
+    clock = one_gpu.Clock(on_gpu)
+    with pytest.raises(KeyboardInterrupt), clock.part("pairs"):
+        now = 7
+        clock.check()
+        raise KeyboardInterrupt
+    clock.keep(problems=5)
+
+    clock = one_gpu.Clock(on_gpu)
+    assert clock.known["problems"] == 5
+    with clock.part("pairs"):
+        assert clock.left() == 3
+        now = 11
+        with pytest.raises(one_gpu.TimeIsUp):
+            clock.check()
+    with clock.part("before"):  # without which there is no result
+        now = 106
+        clock.check()
+        now = 108
+        with pytest.raises(SystemExit, match="the same command goes on"):
+            clock.check()
+
+
+def test_chunks_are_as_large_as_the_time_allows(on_gpu, monkeypatch):
+    """Of ten rows at 2 s each in 10 s: two, then what fits into nine tenths of what is left."""
+    now, ends = 0, []
+
+    def build(flags, sampler):
+        nonlocal now
+        ends.append(len(make.read(flags.problems)))
+        now += 2 * (ends[-1] - (ends[-2] if ends[1:] else 0))
+        if isinstance(sampler, one_gpu.Punctual):
+            sampler.clock.check()
+        (study.Path(on_gpu.work) / "build").mkdir(exist_ok=True)
+        make.write(f"{on_gpu.work}/build/pairs.jsonl", [{}] * (ends[-1] // 2))
+    monkeypatch.setattr(one_gpu.time, "monotonic", lambda: now)
+    monkeypatch.setattr(one_gpu.command, "run", build)
+    monkeypatch.setattr(one_gpu, "sampler_of", lambda flags: "a sampler")
+    one_gpu.split(on_gpu)
+    clock = one_gpu.Clock(on_gpu)
+    with clock.part("pairs"):
+        one_gpu.make_pairs(on_gpu, clock)
+    assert ends == [2, 4] and clock.known["pairs"] == 2 and now == 8
+
+    ends.clear()
+    on_gpu.aim, on_gpu.budget = 3, [1000, 0, 0]
+    (study.Path(on_gpu.work) / "progress.json").unlink()
+    clock = one_gpu.Clock(on_gpu)
+    with clock.part("pairs"):
+        one_gpu.make_pairs(on_gpu, clock)
+    assert ends == [2, 6] and clock.known["pairs"] == 3  # one pair of two rows: two more are four rows
+
+
+def test_a_sampler_stops_between_batches_but_not_after_the_last(on_gpu, monkeypatch):
+    now, drawn = 0, []
+
+    class Sampler:
+        def sample(self, wanted):
+            nonlocal now
+            for name in wanted:
+                now += 6
+                drawn.append(name)
+                yield [name]
+
+    monkeypatch.setattr(one_gpu.time, "monotonic", lambda: now)
+    clock = one_gpu.Clock(on_gpu)
+    with clock.part("pairs"):
+        assert list(one_gpu.Punctual(Sampler(), clock).sample(["a"])) == [["a"]]
+        with pytest.raises(one_gpu.TimeIsUp):
+            list(one_gpu.Punctual(Sampler(), clock).sample(["b", "c"]))
+        with pytest.raises(one_gpu.TimeIsUp):
+            list(one_gpu.Punctual(Sampler(), clock).sample(["d"]))
+    assert drawn == ["a", "b"]
+
+
+def test_an_arm_that_is_late_or_fails_is_ended_and_left_out(on_gpu, tmp_path, capsys):
+    on_gpu.budget = [0, 1, 0]
+    clock = one_gpu.Clock(on_gpu)
+    running = {str(tmp_path / name): one_gpu.start(["-c", code], str(tmp_path / f"{name}.log"))
+               for name, code in (("good", ""), ("bad", "print(6 * 7); raise SystemExit(3)"),
+                                  ("late", "import time; time.sleep(60)"))}
+    with clock.part("train"):
+        one_gpu.wait_for_all(running, clock)
+    assert all(process.poll() is not None for process in running.values())
+    assert clock.known["seconds"]["train"] < 30
+    out = capsys.readouterr().out
+    assert "bad failed:\n42" in out and "late: no time left, ended" in out
+
+
+def test_all_arms_take_as_many_optimizer_steps(on_gpu):
+    make.write(f"{on_gpu.work}/sft.jsonl", [{}] * 70)
+    on_gpu.epochs, on_gpu.batch_size = 4, 32
+    flags = one_gpu.training(on_gpu, "sft", "1e-5", "out")
+    assert flags[0] == "demo/sft.py" and flags[flags.index("--batch-size") + 1] == "35"  # 2 steps an epoch
+    assert flags[flags.index("--export-dtype") + 1] == "fp32"  # as the others
+    flags = one_gpu.training(on_gpu, "nll1", "1e-5", "out")
+    assert flags[0] == "stepdpo.py" and flags[flags.index("--nll-weight") + 1] == "1"
