@@ -56,7 +56,7 @@ class KeyValues(Cache):
         super().__init__(layer_class_to_replicate=lambda: Layer(rows, columns))
 
     def begin(self, texts: Sequence[Kept | None], counts: list[int], width: int) -> None:
-        """Fill `width` columns: row i ends in the first counts[i] tokens of texts[i], which may be 0 of None."""
+        """Fill `width` columns: row i ends in the first counts[i] tokens of texts[i] (0 of None)."""
         like = next(text for text in texts if text is not None)
         for number, (keys, values) in enumerate(like):
             layer = self.layer_class_to_replicate()

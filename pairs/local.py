@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from runtime.messages import InputError, in_one_line, refuse_model
 from runtime.weights import FLOATS, reading
@@ -47,6 +46,7 @@ class LocalSampler:
 
     @cached_property
     def model(self) -> Any:
+        from transformers import AutoModelForCausalLM  # here, as --help need not wait for it
         folder = self.settings.model
         dtype = self.settings.dtype or ("bfloat16" if self.device != "cpu" else "float32")
         with reading(folder):
@@ -281,7 +281,7 @@ class LocalSampler:
 
     @cached_property
     def takes_ready_masks(self) -> bool:
-        """Whether one mask is right for all layers, so that the model need not make its own for each token."""
+        """Whether one mask is right for all layers, so that the model need not make them for each token."""
         cache = DynamicCache(config=self.model.config)
         same = all(type(layer) is DynamicLayer for layer in cache.layers)  # no windows, for example
         return same and self.model.config._attn_implementation == "sdpa"
@@ -295,19 +295,19 @@ class LocalSampler:
     def _choose(self, logits: Tensor, numbers: list[float]) -> Tensor:
         """(N,) tokens by (N, V) logits: the likeliest, or by a uniform number each one of the nucleus."""
         top_p = self.settings.top_p
-        if not logits.isfinite().all():
+        if not logits.sum(dtype=torch.float32).isfinite():  # as it is not if any is not
             raise InputError(f"{self.settings.model}: its logits are not finite, so nothing can be sampled")
         if self.settings.temperature == 0:
             return logits.argmax(-1)
         probabilities = (logits.float() / self.settings.temperature).softmax(-1)
 
-        size = 64  # the nucleus is nearly always small, so the whole vocabulary need not be sorted
+        size = 16  # the nucleus is nearly always small, so the whole vocabulary need not be sorted
         while True:
             best, tokens = probabilities.topk(min(size, probabilities.shape[1]))
             before = best.cumsum(-1) - best  # mass of all likelier tokens; the first is always in
             if size >= probabilities.shape[1] or before[:, -1].min() >= top_p:
                 break
-            size *= 16
+            size *= 8
         # A number picks the token whose interval of the nucleus' mass it falls into.
         mass = (best * (before < top_p)).cumsum(-1)
         point = torch.tensor(numbers, device=mass.device)[:, None] * mass[:, -1:]
