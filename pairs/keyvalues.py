@@ -6,7 +6,8 @@ leaves; here all stays where it was once written.
 """
 
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -23,6 +24,7 @@ class Layer(CacheLayerMixin):
     def __init__(self, rows: int, columns: int):
         super().__init__()
         self.rows, self.columns, self.length = rows, columns, 0
+        self.one_size: tuple[int, int, Tensor] | None = None  # see KeyValues.of_one_size
 
     def lazy_initialization(self, keys: Tensor, values: Tensor) -> None:
         """Room for keys and values like these."""
@@ -32,6 +34,11 @@ class Layer(CacheLayerMixin):
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Write what is new into the next columns. Returns all that is in use."""
+        if self.one_size is not None:
+            rows, columns, column = self.one_size
+            self.keys[:rows].index_copy_(2, column, keys)
+            self.values[:rows].index_copy_(2, column, values)
+            return self.keys[:rows, :, :columns], self.values[:rows, :, :columns]
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         start, self.length = self.length, self.length + keys.shape[-2]
@@ -90,6 +97,27 @@ class KeyValues(Cache):
                 tensor[free, :, :layer.length] = tensor[moved, :, :layer.length]
             layer.rows = len(rows)
         return order
+
+    @contextmanager
+    def of_one_size(self, rows: int, columns: int, column: Tensor) -> Iterator[None]:
+        """Here a model writes into the column that a tensor (1,) names, and reads these rows and columns."""
+        for layer in self.layers:
+            layer.one_size = (rows, columns, column)
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.one_size = None
+
+    def clear_unused(self, columns: int) -> None:
+        """Make the unused ones of the first `columns` finite."""
+        for layer in self.layers:
+            layer.keys[:, :, layer.length:columns] = layer.values[:, :, layer.length:columns] = 0
+
+    def advance(self) -> None:
+        """Count a column that was written behind the back of this object."""
+        for layer in self.layers:
+            layer.length += 1
 
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -11,7 +11,6 @@ import re
 import sys
 from bisect import insort
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +22,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from runtime.messages import InputError, in_one_line, refuse_model
 from runtime.weights import FLOATS, reading
 
+from .batch import Batch, left_padded
 from .keyvalues import Kept, KeyValues, nearest
 from .settings import Continuation, Settings
 
@@ -107,25 +107,35 @@ class LocalSampler:
     def _self_check(self, prompt: Sequence[int]) -> None:
         """Raise InputError if the model answers otherwise in a batch than alone.
 
-        Recurrent layers have no keys and values to go on from, and padding is text to some models. The
-        prompt, cut short in two ways, is read as `_draw` reads prompts, and as plain sequences.
+        Recurrent layers have no keys and values to go on from, and padding is text to some models. Texts
+        made of the prompt are read as `_draw` reads prompts, and as plain sequences. What only makes it
+        faster is given up where it changes the answers.
         """
+        problem = self._problem_of_batching(prompt)
+        if problem and self.uses_graphs:
+            self._give_up_graphs(problem)
+            problem = self._problem_of_batching(prompt)
+        if problem and self.ready_masks:
+            self.ready_masks = False
+            problem = self._problem_of_batching(prompt)
+        if problem:
+            folder = self.settings.model
+            refuse_model(type(self.model).__name__, (
+                f"this process samples in padded batches with a key-value cache, and {folder} {problem}; "
+                f"start a server for it, as `vllm serve {folder}`, and pass --server and --server-model"))
+
+    def _problem_of_batching(self, prompt: Sequence[int]) -> str | None:
         try:
             difference = self._change_by_batching(prompt)
         except Exception as error:  # whatever a model does with a cache that is not its own
             if ran_out_of_memory(error):
                 raise
-            problem = f"fails there ({in_one_line(error)})"
-        else:
-            # In bf16 rounding moves probabilities by some percent, and more where it chooses experts.
-            allowed = 1e-3 if self.model.dtype == torch.float32 else 0.25
-            if difference <= allowed:
-                return
-            problem = f"says something else there than alone (by {difference:.2g} of all probability)"
-        folder = self.settings.model
-        refuse_model(type(self.model).__name__, (
-            f"this process samples in padded batches with a key-value cache, and {folder} {problem}; "
-            f"start a server for it, as `vllm serve {folder}`, and pass --server and --server-model"))
+            return f"fails there ({in_one_line(error)})"
+        # In bf16 rounding moves probabilities by some percent, and more where it chooses experts.
+        allowed = 1e-3 if self.model.dtype == torch.float32 else 0.25
+        if difference > allowed:
+            return f"says something else there than alone (by {difference:.2g} of all probability)"
+        return None
 
     def _change_by_batching(self, prompt: Sequence[int]) -> float:
         """The part of the next token's probability that is moved. Not of numbers that are not finite, which
@@ -197,7 +207,7 @@ class LocalSampler:
 
         return [self._continuation(ids, new) for (ids, _), new in zip(wanted, new_tokens, strict=True)]
 
-    def _begin(self, prompts: list[Prompt], most: int) -> tuple["Batch", Tensor]:
+    def _begin(self, prompts: list[Prompt], most: int) -> tuple[Batch, Tensor]:
         """A batch of these prompts, with room for `most` more tokens, and the next-token logits (N, V)."""
         different = list(dict.fromkeys(prompts))
         logits = self._read_prompts(different)
@@ -208,10 +218,8 @@ class LocalSampler:
         width = max(counts)
         kv_cache = KeyValues(len(prompts), width + most)
         kv_cache.begin([self.known[prompt] for prompt in prompts], counts, width)
-        mask = left_padded(counts, width, most).to(self.device)
-        if self.takes_ready_masks:
-            mask = mask.bool()[:, None, None]
-        return Batch(kv_cache, mask, torch.tensor(counts, device=self.device)[:, None]), logits[of_sample]
+        batch = Batch(self.model, kv_cache, counts, most, self.ready_masks)
+        return batch, logits[of_sample]
 
     def _read_prompts(self, prompts: list[Prompt]) -> Tensor:
         """Next-token logits (N, V) of different prompts, whose keys and values are in `known` from then on.
@@ -271,20 +279,31 @@ class LocalSampler:
             del self.known[oldest]
             tokens -= len(oldest)
 
-    def _read_token(self, token: Tensor, batch: "Batch") -> Tensor:
+    def _read_token(self, token: Tensor, batch: Batch) -> Tensor:
         """Next-token logits (N, V) after one more token (N,) of each row."""
-        end = batch.kv_cache.get_seq_length() + 1
-        out = self.model(token[:, None], attention_mask=batch.mask[..., :end], position_ids=batch.position,
-                         past_key_values=batch.kv_cache, use_cache=True)
-        batch.position = batch.position + 1
-        return out.logits[:, -1]
+        if self.uses_graphs:
+            try:
+                return batch.read_by_graph(token)
+            except RuntimeError as error:
+                if ran_out_of_memory(error):
+                    raise
+                self._give_up_graphs(f"failed ({in_one_line(error)})")
+        return batch.read(token)
+
+    def _give_up_graphs(self, problem: str) -> None:
+        self.uses_graphs = False
+        tqdm.write(f"captured graphs: {problem}; this process goes on without them", sys.stderr)
 
     @cached_property
-    def takes_ready_masks(self) -> bool:
+    def ready_masks(self) -> bool:
         """Whether one mask is right for all layers, so that the model need not make them for each token."""
         cache = DynamicCache(config=self.model.config)
         same = all(type(layer) is DynamicLayer for layer in cache.layers)  # no windows, for example
         return same and self.model.config._attn_implementation == "sdpa"
+
+    @cached_property
+    def uses_graphs(self) -> bool:
+        return self.settings.cuda_graphs and self.device != "cpu" and self.ready_masks
 
     def _most_new(self, prompt: Sequence[int]) -> int:
         return int(min(self.settings.max_new_tokens, self.limit - len(prompt)))
@@ -319,27 +338,6 @@ class LocalSampler:
         before = self.tokenizer.decode(ids, skip_special_tokens=True)
         whole = self.tokenizer.decode(ids + new, skip_special_tokens=True)
         return Continuation(whole[len(before):], len(new), new[-1] not in self.end_tokens)
-
-
-@dataclass
-class Batch:
-    """What is read and written, row by row."""
-
-    kv_cache: KeyValues
-    mask: Tensor      # (N, columns) or (N, 1, 1, columns): 0 where a row is padded, 1 from there on
-    position: Tensor  # (N, 1) of the next token
-
-    def keep(self, rows: list[int]) -> list[int]:
-        """Drop all but these rows, which ascend. Returns their new order."""
-        order = self.kv_cache.keep(rows)
-        self.mask, self.position = self.mask[order], self.position[order]
-        return order
-
-
-def left_padded(counts: list[int], width: int, more: int = 0) -> Tensor:
-    """(N, width + more) ones, after zeros at the left of rows with fewer tokens than `width`."""
-    start = width - torch.tensor(counts)[:, None]
-    return (torch.arange(width + more) >= start).long()
 
 
 def of_similar_size(rests: list[tuple[int, Prompt, Prompt | None]]) -> list[list]:

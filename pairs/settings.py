@@ -22,6 +22,7 @@ class Settings:
     seed: int = 0
     dtype: str | None = None       # of the model in this process; None: bfloat16 on CUDA, else float32
     batch_tokens: int = 0          # samples x (prompt + new tokens) per batch; 0: 131072 on CUDA, else 16384
+    cuda_graphs: bool = False      # one launch for all kernels of a token, on CUDA
     server: str | None = None      # address of an OpenAI-compatible server; None: this process
     server_model: str | None = None
     concurrency: int = 64          # requests that a server has to answer at the same time
