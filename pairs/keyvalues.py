@@ -79,6 +79,8 @@ class KeyValues(Cache):
 
     def kept(self, row: int, count: int) -> Kept:
         """A copy of the last `count` columns of a row."""
+        if not self.layers:
+            raise ValueError("the model leaves no keys and values")  # it is a recurrent one
         return [(layer.keys[row, :, layer.length - count:layer.length].clone(),
                  layer.values[row, :, layer.length - count:layer.length].clone()) for layer in self.layers]
 
