@@ -75,11 +75,11 @@ class Counted:
 @pytest.mark.parametrize("batch_tokens", [84, 400, 16384])
 def test_samples_are_those_of_reading_each_text_alone(tiny, tokenizer, batch_tokens):
     sampler = local(tiny, tokenizer, batch_tokens=batch_tokens)
-    wanted = named(rollouts(), 3)
+    wanted = named(rollouts())
     drawn = draw(sampler, wanted)
     assert drawn == one_by_one(sampler, wanted)
     assert {continuation.cut for continuation in drawn} == {True, False}
-    later = named(rollouts()[::-1] + rollouts(1))  # some are known by now
+    later = named(rollouts()[:3] + rollouts(1)[:4], 1)  # some are known by now
     assert draw(sampler, later) == one_by_one(sampler, later)
 
 
@@ -186,7 +186,7 @@ def record(forward):
 
 def with_graphs(tiny, tokenizer, monkeypatch, recorder) -> LocalSampler:
     monkeypatch.setattr(batches, "record", recorder)
-    monkeypatch.setattr(batches, "COLUMNS", 16)
+    monkeypatch.setattr(batches, "COLUMNS", 32)
     sampler = local(tiny, tokenizer, cuda_graphs=True)
     sampler.uses_graphs = True
     return sampler
@@ -202,7 +202,7 @@ def test_a_graph_that_repeats_the_same_operations_makes_the_same_samples(tiny, t
     sampler = with_graphs(tiny, tokenizer, monkeypatch, counted)
     wanted = named(rollouts(), 3)
     assert draw(sampler, wanted) == draw(local(tiny, tokenizer), wanted)
-    assert sampler.uses_graphs and 4 <= len(captures) <= 12
+    assert sampler.uses_graphs and 4 <= len(captures) <= 10
 
 
 @pytest.mark.parametrize("when", ["at the start", "later"])
