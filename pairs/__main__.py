@@ -84,6 +84,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("bfloat16", "float32"), help="[bfloat16 on CUDA, else float32]")
     add("--batch-tokens", type=INT, default=Settings.batch_tokens,
         help="samples x (prompt + --max-new-tokens) per batch: sets memory [131072 on CUDA, else 16384]")
+    add("--cuda-graphs", action=SWITCH, default=Settings.cuda_graphs,
+        help="on CUDA, capture the forward of one token as a graph; not yet tried on a GPU [no]")
     add("--server", type=URL,
         help="address of an OpenAI-compatible server to sample on, which must take token ids as prompts, as "
              "vLLM, SGLang and llama.cpp do (`transformers serve` does not) [this process]")
