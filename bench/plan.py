@@ -212,8 +212,11 @@ def report(planner: Planner, argv: Sequence[str], per_node: int, utilisation: fl
           f"{PEAK_FLOPS / 1e12:.0f} TFLOP/s; {run / 3600:.1f} hours in all")
     for card in CARDS:
         advice = advise(planner, parse(argv), per_node, card)
-        words = f"with {advice[0] or 'the defaults'} {advice[1].bytes / 1e9:.2f} GB" if advice else (
-            "too small with any flags: take more GPUs")
+        words = "too small with any flags: take more GPUs"
+        if advice:
+            flags, best = advice
+            words = f"with {flags or 'the defaults'} {best.bytes / 1e9:.2f} GB"
+            words += ", with layers gathered once in an optimizer step" if best.config.gather_once else ""
         print(f"{card:12}{'fits' if plan.fits(CARDS[card]) else 'does not fit'}; best: {words}")
     if traced:
         peak = trace(planner.hf_config, planner.pairs, planner.ranks, config)

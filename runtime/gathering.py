@@ -60,8 +60,8 @@ def with_gathering(config: Namespace, folder: str, pairs: Sequence[Pair], memory
         return each
 
     from runtime.planning import Planner  # takes seconds
-    hf_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     try:
+        hf_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         plan = Planner(hf_config, pairs, dist.get_world_size()).plan(once)
     except Exception as error:  # it runs a layer on fake tensors, and a model that cannot do so may train
         print0(f"gathering   in every micro-batch, as no plan could be made ({in_one_line(error)})")
