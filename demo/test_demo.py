@@ -16,6 +16,7 @@ from pairs.grading import is_correct
 from pairs.problems import STEP_PREFIX, find_steps
 
 sys.path.insert(0, str(HERE / "demo"))
+import by_token  # noqa: E402
 import claims  # noqa: E402
 import errors  # noqa: E402
 import make  # noqa: E402
@@ -187,20 +188,19 @@ def test_a_slip_keeps_the_words_and_overlooks_what_tempts():
 
 def test_pairs_of_all_tempting_moves_go_on_from_right_steps_and_slip(sets):
     pairs, problems = rows_of(HERE / "demo/pairs.jsonl"), {row["prompt"]: row for row in sets["problems"]}
-    for same_words in (False, True):
-        rows = why.moves(pairs, problems, same_words)
-        assert len(rows) > 150
-        for row in rows:
-            problem, k = problems[row["prompt"]], claims.step_number(row)
-            right, wrong = (make.results_of(row["initial_reason_steps"] + row[name])
-                            for name in ("chosen", "rejected"))
-            assert right == problem["results"][:k] and right[:-1] == wrong[:-1] and right != wrong
-            assert problem["tempting"][k - 1]
+    rows = why.moves(pairs, problems)
+    assert len(rows) > 150
+    for row in rows:
+        problem, k = problems[row["prompt"]], claims.step_number(row)
+        right, wrong = (make.results_of(row["initial_reason_steps"] + row[name])
+                        for name in ("chosen", "rejected"))
+        assert right == problem["results"][:k] and right[:-1] == wrong[:-1] and right != wrong
+        assert problem["tempting"][k - 1]
 
 
 def test_tokens_are_grouped_by_how_they_stand_to_the_other_step():
-    assert why.groups([1, 2, 3, 4, 5], [1, 2, 7, 8, 4]) == ([0, 0, 1, 2, 3], [0, 0, 1, 3, 2])
-    assert why.groups([1, 2], [1, 2, 3]) == ([0, 0], [0, 0, 1])
+    assert by_token.groups([1, 2, 3, 4, 5], [1, 2, 7, 8, 4]) == ([0, 0, 1, 2, 3], [0, 0, 1, 3, 2])
+    assert by_token.groups([1, 2], [1, 2, 3]) == ([0, 0], [0, 0, 1])
 
 
 def test_supervised_rows_are_numbered_steps_that_the_pipeline_reads(tokenizer):
