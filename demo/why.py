@@ -48,7 +48,9 @@ ROWS = {
     "twins": Row("Step-DPO, both steps in the same words", "twins", "3e-5"),
     "moves": Row("Step-DPO, all tempting moves", "moves", "3e-5"),
     "moves-nll": Row("Step-DPO + NLL, all tempting moves", "moves", "3e-5", NLL),
-    "moves-chosen": Row("supervised, chosen steps of all tempting moves", "moves", "6e-5", ALONE),
+    # The demo's pairs, apart by where the solution goes wrong.
+    "tempting": Row("Step-DPO, pairs at tempting moves alone", "tempting", "3e-5"),
+    "elsewhere": Row("Step-DPO, the other pairs alone", "elsewhere", "3e-5"),
     # The paper's order: supervised training first, then pairs of the model that comes out of it.
     "sft-step": Row("supervised, then Step-DPO on pairs of its own", "fresh pairs", "3e-5", "", "sft"),
     "sft-sft": Row("supervised, then supervised on these pairs", "fresh solutions", "6e-5", "", "sft"),
@@ -100,6 +102,11 @@ def moves(pairs: list[dict], problems: dict[str, dict]) -> list[dict]:
     return list(rows.values())
 
 
+def at_tempting_move(pair: dict, problems: dict[str, dict]) -> bool:
+    k = claims.step_number(pair)
+    return any(problems[pair["prompt"]]["tempting"][k - 1:k])  # a step too many is of no move
+
+
 def fresh_pairs(args: argparse.Namespace, start: str) -> list[dict]:
     """Pairs of new problems, sampled by the model of a row; the generator names the wrong steps."""
     work, number = f"{args.work}/fresh-{start}-{args.fresh}", 2 + (ROWS[start].start != "")
@@ -114,6 +121,7 @@ def fresh_pairs(args: argparse.Namespace, start: str) -> list[dict]:
 def prepare(args: argparse.Namespace, row: Row) -> str:
     """The file that a row is trained on, written now."""
     pairs = make.read(f"{make.HERE}/pairs.jsonl")
+    problems = {problem["prompt"]: problem for problem in args.sets["problems"]}
     if row.data.startswith("fresh"):
         pairs = fresh_pairs(args, row.start)[:len(pairs)]
     if row.data.endswith("solutions"):
@@ -121,7 +129,10 @@ def prepare(args: argparse.Namespace, row: Row) -> str:
     if row.data == "twins":
         pairs = twins(pairs)
     if row.data == "moves":
-        pairs = moves(pairs, {problem["prompt"]: problem for problem in args.sets["problems"]})
+        pairs = moves(pairs, problems)
+    if row.data in ("tempting", "elsewhere"):
+        wanted = row.data == "tempting"
+        pairs = [pair for pair in pairs if at_tempting_move(pair, problems) == wanted]
     path = f"{args.work}/{row.data} {row.start}".strip().replace(" ", "-") + ".jsonl"
     make.write(path, pairs)
     return path
@@ -163,15 +174,15 @@ def measure(args: argparse.Namespace, name: str) -> dict:
 
 def show(found: dict[str, dict], count: int) -> None:
     against, *_ = found
-    print(f"| trained with | rows | solved, by seed | over {ROWS[against].title} | right, first wrong at a "
-          "tempting move, elsewhere; right where none tempts |", "|---|---|---|---|---|", sep="\n")
+    print(f"| trained with | rows | rate | solved, by seed | over {ROWS[against].title} | first wrong at a "
+          "tempting move | elsewhere | right where no move tempts |", "|---|---|---|---|---|---|---|---|", sep="\n")
     for name, row in found.items():
         title, _, rate = name.partition("@")
         by_seed = ", ".join(f"{right / count:.1%}" for right in row["right"])
-        points, low, high = row["over"]
-        places = ", ".join(f"{number:.0f}" for number in row["errors"].values())
-        print(f"| {ROWS[title].title} {rate} | {row['rows']} | {by_seed} | {points:+.1f} ({low:+.1f} to "
-              f"{high:+.1f}) | {places} |")
+        over = "{:+.1f} ({:+.1f} to {:+.1f})".format(*row["over"])
+        _, tempting, elsewhere, plain = row["errors"].values()
+        print(f"| {ROWS[title].title} | {row['rows']} | {rate or ROWS[title].rate} | {by_seed} | {over} | "
+              f"{tempting:.0f} | {elsewhere:.0f} | {plain:.0f} |")
 
 
 def main() -> None:
