@@ -175,7 +175,7 @@ def measure(args: argparse.Namespace, name: str) -> dict:
 def show(found: dict[str, dict], count: int) -> None:
     against, *_ = found
     print(f"| trained with | rows | rate | solved, by seed | over {ROWS[against].title} | first wrong at a "
-          "tempting move | elsewhere | right where no move tempts |", "|---|---|---|---|---|---|---|---|", sep="\n")
+          "tempting move | elsewhere | right where no move tempts |", "|---" * 8 + "|", sep="\n")
     for name, row in found.items():
         title, _, rate = name.partition("@")
         by_seed = ", ".join(f"{right / count:.1%}" for right in row["right"])
