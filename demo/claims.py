@@ -92,6 +92,12 @@ def of_recipe(flag: str) -> str:
     return re.search(rf"--{flag} (\S+)", Path(RECIPE).read_text())[1]
 
 
+def write_recipe(work: str) -> None:
+    """demo/args without what is measured in between, which is not wanted here."""
+    recipe = re.sub(r"--(eval-data|eval-every|test-problems) \S+| *#.*", "", Path(RECIPE).read_text())
+    Path(f"{work}/args").write_text(recipe)
+
+
 def rows_of(args: argparse.Namespace, kind: str) -> str:
     """The file that a kind is trained on."""
     return f"{args.work}/{FILES.get(kind, kind)}.jsonl"
@@ -186,14 +192,15 @@ def by_generator(pairs: list[dict], problems: dict[str, dict], words: str) -> tu
     return rows, kept
 
 
-def pairs_by_generator(args: argparse.Namespace, problems: list[dict]) -> list[dict]:
+def pairs_by_generator(model: str, work: str, problems: list[dict]) -> list[dict]:
     """Step pairs whose rejected steps are named by the generator, by way of `--by human`."""
-    folder, results = f"{args.work}/build", {row["prompt"]: row["results"] for row in problems}
-    make.build_pairs(MODEL, f"{args.work}/problems.jsonl", folder, "--by", "human")
+    folder, results = f"{work}/build", {row["prompt"]: row["results"] for row in problems}
+    make.write(f"{work}/problems.jsonl", make.only(problems, "prompt", "answer"))
+    make.build_pairs(model, f"{work}/problems.jsonl", folder, "--by", "human")
     rows = make.read(f"{folder}/located.jsonl")
     make.write(f"{folder}/located.jsonl", [
         {**row, "step": make.first_wrong(row["solution"], results[row["prompt"]])} for row in rows])
-    return make.build_pairs(MODEL, f"{args.work}/problems.jsonl", folder, "--by", "human")
+    return make.build_pairs(model, f"{work}/problems.jsonl", folder, "--by", "human")
 
 
 # --------------------------------------------------------------------------------------------------- the runs
@@ -206,14 +213,13 @@ def prepare(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     sets = make.problem_sets(make.SEED, tempting, dev=args.dev_problems)
     for name in ("dev", "test", "problems"):
         make.write(f"{args.work}/{name}.jsonl", make.only(sets[name], "prompt", "answer"))
-    recipe = re.sub(r"--(eval-data|eval-every|test-problems) \S+| *#.*", "", Path(RECIPE).read_text())
-    Path(f"{args.work}/args").write_text(recipe)  # what is measured in between is not wanted here
+    write_recipe(args.work)
 
     pairs, copies = make.read(f"{make.HERE}/pairs.jsonl"), 0
     if args.tempting is not None or "solutions" in args.kinds:
         count = len(pairs)
         if args.tempting is not None:
-            pairs = pairs_by_generator(args, sets["problems"])
+            pairs = pairs_by_generator(MODEL, args.work, sets["problems"])
         right = right_solutions(args, pairs)
         if args.tempting is not None:
             pairs = [pair for pair in pairs if pair["prompt"] in right][:count]

@@ -16,10 +16,12 @@ from pairs.grading import is_correct
 from pairs.problems import STEP_PREFIX, find_steps
 
 sys.path.insert(0, str(HERE / "demo"))
+import by_token  # noqa: E402
 import claims  # noqa: E402
 import errors  # noqa: E402
 import make  # noqa: E402
 import sft  # noqa: E402
+import why  # noqa: E402
 
 GSM8K = dict(question="Tom has 48/2 pens and buys 3. How many?",
              answer="He has 48/2=<<48/2=24>>24.\nSo 24+3=27.\n#### 27")
@@ -162,6 +164,43 @@ def test_the_gradient_of_branches_is_in_and_after_the_step_and_that_of_solutions
     assert branches["before"] == 0 < branches["at"] and sum(branches.values()) == pytest.approx(1)
     # Both solutions have the same steps up to the wrong one here, so these say the same, and cancel out.
     assert solutions == pytest.approx(branches, abs=1e-3)
+
+
+def test_twins_differ_in_the_sum_alone():
+    pairs = rows_of(HERE / "demo/pairs.jsonl")
+    rows = why.twins(pairs)
+    changed = [row for row, pair in zip(rows, pairs, strict=True) if row != pair]
+    assert len(changed) > 0.8 * len(rows)
+    for row in changed:
+        chosen, rejected = (why.ANSWER.sub("", why.SUM.sub("", row[name])) for name in ("chosen", "rejected"))
+        assert chosen == rejected and row["chosen"] != row["rejected"]
+    for row, pair in zip(rows, pairs, strict=True):  # and what is wrong is the model's own
+        assert why.SUM.findall(row["rejected"]) == why.SUM.findall(pair["rejected"])
+
+
+def test_a_slip_keeps_the_words_and_overlooks_what_tempts():
+    for right, wrong in ((" Now 36-3=33 pens.", " Now 36+3=39 pens."), (" 5+3=8 pens.", " 5-3=2 pens."),
+                         (" 10+4*4=10+16=26 pens.\nThe answer is: 26", " 10+4=14 pens.\nThe answer is: 14"),
+                         (" Now 65-3*8=65-24=41. Good.", " Now 65-8=57. Good.")):
+        assert why.slipped(right) == wrong
+    assert why.slipped(" 3+3=6 pens.") is None and why.slipped(" 99-3=96 pens.") is None
+
+
+def test_pairs_of_all_tempting_moves_go_on_from_right_steps_and_slip(sets):
+    pairs, problems = rows_of(HERE / "demo/pairs.jsonl"), {row["prompt"]: row for row in sets["problems"]}
+    rows = why.moves(pairs, problems)
+    assert len(rows) > 150
+    for row in rows:
+        problem, k = problems[row["prompt"]], claims.step_number(row)
+        right, wrong = (make.results_of(row["initial_reason_steps"] + row[name])
+                        for name in ("chosen", "rejected"))
+        assert right == problem["results"][:k] and right[:-1] == wrong[:-1] and right != wrong
+        assert problem["tempting"][k - 1]
+
+
+def test_tokens_are_grouped_by_how_they_stand_to_the_other_step():
+    assert by_token.groups([1, 2, 3, 4, 5], [1, 2, 7, 8, 4]) == ([0, 0, 1, 2, 3], [0, 0, 1, 3, 2])
+    assert by_token.groups([1, 2], [1, 2, 3]) == ([0, 0], [0, 0, 1])
 
 
 def test_supervised_rows_are_numbered_steps_that_the_pipeline_reads(tokenizer):
