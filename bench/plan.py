@@ -174,7 +174,8 @@ def seconds_of(planner: Planner, plan: Plan, utilisation: float) -> tuple[float,
 
     m = 1 if config.gather_once else work.micro_batches
     moved = 4 * shape.all / (config.shard_size or planner.ranks)
-    up = {None: 0, "moments": 2, "gradients": 2 + m, "all": 2 * m + 4}[config.offload]
+    weights_up = 1 if config.gather_once else 2 * m
+    up = {None: 0, "moments": 2, "gradients": 2 + m, "all": weights_up + 4}[config.offload]
     down = {None: 0, "moments": 2, "gradients": 2 + m, "all": m + 3}[config.offload]
     rate = planner.ranks * PEAK_FLOPS * utilisation
     step = epoch / steps_per_epoch / rate + max(up, down) * moved / LINK
@@ -201,7 +202,8 @@ def report(planner: Planner, argv: Sequence[str], per_node: int, utilisation: fl
     print(f"run         {planner.ranks} GPUs, {work.steps} optimizer steps of {config.batch_size} pairs, "
           f"{work.tokens / len(planner.pairs):.0f} tokens each{assumed}, in micro-batches of at most "
           f"{fullest:,}")
-    print(f"one GPU     {plan.bytes / 1e9:.2f} GB at most, {plan.peak}:")
+    gathered = "once in an optimizer step" if config.gather_once else "in every micro-batch"
+    print(f"one GPU     {plan.bytes / 1e9:.2f} GB at most, {plan.peak}, with layers gathered {gathered}:")
     for name, size in sorted(plan.moments[plan.peak].items(), key=lambda item: -item[1]):
         if size:
             print(f"            {size / 1e9:7.2f}  {name}")

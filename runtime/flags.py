@@ -143,7 +143,7 @@ def flags() -> "Parser":
     add("--shard-size", type=POSITIVE_INT,
         help="processes that share one copy of the model, those of a node where it fits there [all]")
     add("--gather-once", action=switch, help="gather layers and reduce gradients once in an optimizer step, "
-        "not in every micro-batch, for 6 bytes per parameter on each GPU [where that fits; not on CPU]")
+        "not in every micro-batch: 6 bytes per parameter on a GPU, 8 in float32 [where it fits; not on CPU]")
     add("--compile", action=switch, default=False, help="torch.compile each decoder layer")
     add("--dtype", choices=("bfloat16", "float32"),
         help="compute type; master weights are float32 [bfloat16 on CUDA, else float32]")

@@ -2,8 +2,8 @@
 
 FSDP lets go of each layer after its forward and its backward, and reduces its gradients in every micro-batch.
 On one GPU that is no communication, but still two casts of all weights to bf16, about 10 bytes per parameter
-each, and a reduction of 26 bytes. What is kept instead takes 2 bytes per parameter of the whole model for the
-gathered layers, and 4 for each rank's own sums, on every GPU.
+each, and a reduction of 26 bytes. What is kept instead takes 2 bytes per parameter of the whole model for
+the gathered layers (4 in float32), and 4 for each rank's own sums, on every GPU.
 """
 
 from argparse import Namespace
@@ -26,7 +26,7 @@ def gathered_once(policy: FSDPModule, micro_batches: Iterable[T], config: Namesp
 
     Each layer is gathered in the first forward. Each rank adds up its own whole gradients, in fp32; in the
     last backward FSDP reduces these sums, and frees the layers. With one rank the sums are to the last bit
-    those of reducing each micro-batch; with several they are added in another order.
+    those of reducing each micro-batch; with several, added in another order, they are equal up to rounding.
     """
     if not config.gather_once:
         yield from micro_batches
@@ -35,42 +35,49 @@ def gathered_once(policy: FSDPModule, micro_batches: Iterable[T], config: Namesp
     micro_batches = iter(micro_batches)
     now = next(micro_batches)
     for following in micro_batches:
-        keep(policy, True)
+        hold(policy, True)
         yield now
         now = following
-    keep(policy, False)
+    hold(policy, False)
     yield now
     policy.set_reshard_after_forward(True)  # else a pass without gradients would leave all layers gathered
 
 
-def keep(policy: FSDPModule, more_to_come: bool) -> None:
+def hold(policy: FSDPModule, more_to_come: bool) -> None:
+    """Let the next backward leave layers gathered and gradients unreduced, if more micro-batches come."""
     policy.set_reshard_after_backward(not more_to_come)
     policy.set_requires_gradient_sync(not more_to_come)
 
 
 def with_gathering(config: Namespace, folder: str, pairs: Sequence[Pair], memory: float | None) -> Namespace:
-    """The flags, with a default for --gather-once: yes where it fits a GPU of so many bytes. None is no GPU.
+    """The flags, with a default for --gather-once: yes where it fits GPUs of so many bytes. None is no GPU.
 
-    What fits is said by the arithmetic of bench/plan.py. All ranks must ask with the same `memory`.
+    Collective: the first rank decides for all, because they must reduce at the same time.
     """
     if config.gather_once is not None:
         return config
-    once, each = (Namespace(**{**vars(config), "gather_once": choice}) for choice in (True, False))
-    if memory is None:
-        return each
+    choice = [memory is not None and dist.get_rank() == 0 and fits(config, folder, pairs, memory)]
+    dist.broadcast_object_list(choice)
+    return Namespace(**{**vars(config), "gather_once": choice[0]})
 
+
+def fits(config: Namespace, folder: str, pairs: Sequence[Pair], memory: float) -> bool:
+    """Whether --gather-once fits, by the arithmetic of bench/plan.py. Says so."""
     from runtime.planning import Planner  # takes seconds
+    once = Namespace(**{**vars(config), "gather_once": True})
     try:
         hf_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         plan = Planner(hf_config, pairs, dist.get_world_size()).plan(once)
     except Exception as error:  # it runs a layer on fake tensors, and a model that cannot do so may train
         print0(f"gathering   in every micro-batch, as no plan could be made ({in_one_line(error)})")
-        return each
-
-    fits = plan.fits(memory)
-    how = "once in an optimizer step, which" if fits else "in every micro-batch: once in an optimizer step"
-    print0(f"gathering   {how} takes {plan.bytes / 1e9:.1f} GB of {memory / 1e9:.1f} by plan (--gather-once)")
-    return once if fits else each
+        return False
+    of = f"{plan.bytes / 1e9:.1f} GB, with reserves {plan.needs / 1e9:.1f}, of {memory / 1e9:.1f} GB"
+    if plan.fits(memory):
+        print0(f"gathering   once in an optimizer step, which takes {of} by plan")
+    else:
+        print0(f"gathering   in every micro-batch, as once in an optimizer step takes {of} by plan; "
+               "--gather-once does it all the same")
+    return plan.fits(memory)
 
 
 def smallest_memory() -> float | None:

@@ -1,4 +1,5 @@
-"""Memory before money: what a run holds on each GPU and in its host's memory, by arithmetic.
+"""The arithmetic of memory: what a run holds on each GPU and in its host. bench/plan.py prints it, and it
+decides where --gather-once is the default.
 
 Bytes on one GPU, where s ranks share a copy of the model (all, or --shard-size) of N parameters, E in the
 embedding, E in the head and P in a layer, and b = 2 in bf16:
@@ -29,6 +30,7 @@ themselves (MARGIN). GB are 10^9 bytes, of which an "80 GB" card has 85.
 import contextlib
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -215,12 +217,45 @@ def states_of(count: float, offload: str | None) -> tuple[dict[str, float], dict
             {name: size for name, size in states.items() if name in away})
 
 
+class Place(NamedTuple):
+    """Where in its optimizer step a micro-batch stands."""
+
+    is_first: bool
+    is_last: bool
+
+
+def gradients_and_layers(
+    place: Place,
+    once: bool,           # --gather-once
+    parameters: int,      # N
+    shards: float,        # bytes per parameter of a rank's share of the gradients, if it is on the GPU
+    gathered_bytes: int,  # b, of a gathered parameter
+    to_come: int,         # parameters whose gradients this micro-batch has still to make
+    in_turn: int,         # parameters that are gathered now, if layers are gathered one after the other
+    freed: int = 0,       # parameters whose gradients are being made or reduced, and that are let go already
+) -> dict[str, float]:
+    """Bytes of gradients and gathered layers at a moment of a backward."""
+    to_come = min(to_come, parameters)  # as layers are counted as if all were as large as the largest
+    made = parameters - to_come
+    if not once:
+        # In a first micro-batch gradients come one by one; in later ones all are there.
+        return {"gradients": shards * (made if place.is_first else parameters),
+                "gathered": gathered_bytes * in_turn}
+    summed = parameters  # each rank's own sums, whole and in fp32
+    if place.is_first:
+        summed = made
+    if place.is_last:
+        summed = 0 if place.is_first else to_come  # they become shards, and the layers are let go
+    return {"gradients": shards * made if place.is_last else 0,
+            "summed gradients": 4 * summed,
+            "gathered": gathered_bytes * (to_come - freed if place.is_last else parameters)}
+
+
 def predict(
     shape: Shape,
     layer: tuple[int, int],  # as `count_layer` counts it for these pairs
     pairs: list[Pair],       # of a micro-batch
-    is_first: bool,          # micro-batch of its optimizer step: then gradients come one by one
-    is_last: bool,           # which matters with --gather-once: gradients are reduced, and layers let go
+    place: Place,            # of it
     ranks: int,
     config: Namespace,
     cuda: bool,
@@ -229,37 +264,25 @@ def predict(
     s = config.shard_size or ranks
     b = getattr(torch, config.dtype).itemsize
     N, E, P = shape.all, shape.end, shape.layer
-    once = config.gather_once
     kept_of_layer, in_backward = layer
     length = tokens_in(pairs, config)  # L
     trained = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)  # T
     ahead = 1 if s > 1 else 0  # a rank alone gathers nothing ahead: it copies a group when that runs
 
     on_gpu, on_host = states_of(N / s, config.offload)
-    one = length * shape.hidden * b if config.activation_checkpointing else kept_of_layer
-    recomputed = in_backward - (0 if config.activation_checkpointing else kept_of_layer)
+    shards = on_gpu.pop("gradients", 0) / N
+    always = partial(gradients_and_layers, place, config.gather_once, N, shards, b)
+    if config.activation_checkpointing:
+        kept_of_layer, recomputed = length * shape.hidden * b, in_backward
+    else:
+        recomputed = in_backward - kept_of_layer
     end = length * shape.hidden * (4 + b)  # the last norm keeps its input in fp32, and what it makes of it
-    kept = {"kept for backward": shape.layers * one + end}
+    kept = {"kept for backward": shape.layers * kept_of_layer + end}
     width = min(kernels.BLOCK if cuda else kernels.BLOCK_CPU, E // shape.hidden)
     of_tile = 4 + (b if cuda and b < 4 else 0)  # the logits, and apart from them their 16-bit gradient
     tiles = {"tiles of the loss": trained * (width * of_tile + 2 * 4 * shape.hidden)}
     tied = E if shape.tied else 0  # gathered and with a whole gradient, from the head to the embedding
-    shards = on_gpu.pop("gradients", 0)
-    are_reduced = is_last or not once
-    are_summed = once and not (is_first and is_last)  # whole, by each rank
-
-    def always(to_come: int, in_turn: int, let_go: int = 0) -> dict[str, float]:
-        """States, when so many parameters' gradients are still to come, and so many would be gathered in
-        turn; with --gather-once all are, but those of the last micro-batch that were `let_go`."""
-        made = N - to_come
-        if not once:
-            gathered = in_turn
-            summed, of_shards = 0, max(0, shards - 4 * to_come / s) if is_first else shards
-        else:
-            gathered = to_come - let_go if is_last else N
-            summed = 0 if not are_summed else made if is_first else to_come if is_last else N
-            of_shards = min(shards, 4 * made / s) if is_last else 0
-        return {**on_gpu, "gradients": of_shards, "summed gradients": 4 * summed, "gathered": b * gathered}
+    are_reduced = place.is_last or not config.gather_once
 
     def in_layer(before: int) -> dict[str, float]:
         """In the backward of a layer that has so many before it."""
@@ -267,7 +290,7 @@ def predict(
         reduced_before = P if before < shape.layers - 1 else 0 if tied else E
         return {
             **always(before * P + P + E, P + next_gathered + tied),
-            "kept for backward": (before + 1) * one,
+            "kept for backward": (before + 1) * kept_of_layer,
             "layer in backward": recomputed,
             "gradients of ends": tied * b,
             "reduce-scatter": 4 * reduced_before if are_reduced else 0}
@@ -285,24 +308,33 @@ def predict(
             # Autograd adds a tied weight's two gradients into a third tensor.
             "gradients of ends": (3 if tied else 1) * E * b},
     }
-    # A group's gradients while they are reduced: the input in fp32, and shards before they are added to
-    # those of other micro-batches. torch 2.13's foreach_reduce has the last gradient in a loop variable,
-    # where there is a loop. Sums are counted above.
+    after_head = kept | always(N, P * ahead, E)
+    after_all = always(E, 0, E)
+    moments |= of_an_end(place, config.gather_once, tied > 0, after_head, after_all, E, s, b)
+    if on_host and cuda:
+        _, visitors = states_of(2 * E / s, config.offload)
+        moments["in the update"] = {"gradients": shards * N, "visitors": sum(visitors.values())}
+    return {**{moment: on_gpu | held for moment, held in moments.items()}, "host": on_host}
+
+
+def of_an_end(place: Place, once: bool, tied: bool, after_head: dict[str, float], after_all: dict[str, float],
+              E: int, s: int, b: int) -> dict[str, dict[str, float]]:
+    """The moments in which the gradients of head and embedding are reduced, or added to sums."""
+    are_summed = once and place != Place(True, True)
+    if once and not place.is_last:
+        # The first of all sums is an fp32 tensor beside the gradient; later ones are there, and counted.
+        copied = E * (b + 4) if place.is_first and b < 4 and not tied else 0
+        return {"when the head's gradient is summed": {**after_head, "gradients of ends": copied}}
+
+    # The input in fp32, and shards before they are added to those of other micro-batches. torch 2.13's
+    # foreach_reduce has the last gradient in a loop variable, where there is a loop. Sums are counted above.
     reducing = {
         "gradients of ends": E * b if s > 1 and not are_summed else 0,
         "reduce-scatter": 4 * E + (4 * E / s if s > 1 or not are_summed else 0)}
-    if are_reduced:
-        moments["when the embedding's gradient is reduced"] = {**always(E, 0, E), **reducing}
-    if are_reduced and not tied:
-        moments["when the head's gradient is reduced"] = {
-            **always(N, P * ahead, E), **kept, **reducing}
-    if are_summed and is_first and not tied:
-        moments["when the head's gradient is summed"] = {
-            **always(N, 0), **kept, "gradients of ends": E * (b + (4 if b < 4 else 0))}
-    if on_host and cuda:
-        _, visitors = states_of(2 * E / s, config.offload)
-        moments["in the update"] = {**on_gpu, "gradients": shards, "visitors": sum(visitors.values())}
-    return {**moments, "host": on_host}
+    moments = {"when the embedding's gradient is reduced": after_all | reducing}
+    if not tied:
+        moments["when the head's gradient is reduced"] = after_head | reducing
+    return moments
 
 
 class Plan(NamedTuple):
@@ -322,9 +354,13 @@ class Plan(NamedTuple):
     def bytes(self) -> float:
         return sum(self.moments[self.peak].values())
 
+    @property
+    def needs(self) -> float:
+        """Bytes that a GPU must have: with room for what nobody counts."""
+        return self.bytes * MARGIN + CONTEXT
+
     def fits(self, memory: float) -> bool:
-        """Whether a GPU of so many bytes has room for it, and for what nobody counts."""
-        return self.bytes * MARGIN + CONTEXT <= memory
+        return self.needs <= memory
 
 
 class Planner:
@@ -342,23 +378,22 @@ class Planner:
         config = startup.with_budget(config, self.pairs, self.cuda)
         work = work_of(self.pairs, self.ranks, config)
         plans = []
-        for batch, is_first, is_last in roles(work):
+        for batch, place in places(work):
             lengths = [len(part) for pair in batch for part in pair[:3]]
-            added = config.gather_once and config.dtype == "float32" and not is_first
+            added = config.gather_once and config.dtype == "float32" and not place.is_first
             key = (config.dtype, config.share_prefix, added, *lengths)
             if key not in self.layers:
                 self.layers[key] = count_layer(self.hf_config, batch, added, config, self.cuda)
-            moments = predict(self.shape, self.layers[key], batch, is_first, is_last, self.ranks, config,
-                              self.cuda)
+            moments = predict(self.shape, self.layers[key], batch, place, self.ranks, config, self.cuda)
             plans.append(Plan(config, work, moments, sum(moments.pop("host").values())))
         return max(plans, key=lambda plan: plan.bytes)
 
 
-def roles(work: Work) -> Iterator[tuple[list[Pair], bool, bool]]:
-    """The fullest batches, and whether they are the first and the last of an optimizer step."""
+def places(work: Work) -> Iterator[tuple[list[Pair], Place]]:
+    """The fullest batches, each in every place of an optimizer step that it may have."""
     first, *later = work.batches
-    yield first, True, not later
+    yield first, Place(True, not later)
     for batch in later:
-        yield batch, False, True
+        yield batch, Place(False, True)
         if work.micro_batches > 2:
-            yield batch, False, False
+            yield batch, Place(False, False)
