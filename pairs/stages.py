@@ -152,6 +152,9 @@ def wrong_solutions(solutions: list[tuple[Problem, Sample]], args: Namespace) ->
             wrong.give_up(Stage.USABLE, "the same as another")
         elif sample.cut:
             wrong.give_up(Stage.USABLE, "cut at --max-new-tokens")
+        elif sample.predicted is None:
+            # It may be right, and say so in words that grading does not know.
+            wrong.give_up(Stage.USABLE, "no answer is found in it")
         elif not wrong.steps:
             wrong.give_up(Stage.USABLE, "not numbered Step 1: to Step n:")
         elif of_problem[problem] == args.per_problem:

@@ -1072,6 +1072,19 @@ def sample_of(text: str) -> sampling.Sample:
     return sampling.Sample(STEPS + "Step 1:" + text, "7", True, False, 5)
 
 
+def test_which_wrong_solutions_are_not_searched_and_why():
+    problem, end = Problem("d", "p", "7", None), " x\nStep 2: y\nThe answer is: 8"
+    wrong = sample_of(end)._replace(predicted="8", correct=False)
+    solutions = [wrong, sample_of(end), wrong, wrong._replace(solution=wrong.solution + "!", cut=True),
+                 wrong._replace(solution="So I spend $7 in all.", predicted=None),
+                 wrong._replace(solution="The answer is: 8"), wrong._replace(solution=wrong.solution + "?")]
+    args = command_line.parse(["build", "--model=m", "--problems=p", "--out=o", "--per-problem=1"])
+    wrongs = stages.wrong_solutions([(problem, solution) for solution in solutions], args)
+    assert [wrong.reason for wrong in wrongs] == [
+        "", "the same as another", "cut at --max-new-tokens", "no answer is found in it",
+        "not numbered Step 1: to Step n:", "more than --per-problem"]
+
+
 class Drawn:
     """In place of Samples: pass rates by the text that is gone on from."""
 
