@@ -83,9 +83,13 @@ class Clock:
             self.known["seconds"][name] += time.monotonic() - self.began
             self.keep()
 
+    def spent(self) -> float:
+        """Seconds that this part has taken, in all calls."""
+        return self.known["seconds"][self.name] + time.monotonic() - self.began
+
     def left(self) -> float:
         """Seconds that this part may still take."""
-        return self.budget[self.name] - self.known["seconds"][self.name] - (time.monotonic() - self.began)
+        return self.budget[self.name] - self.spent()
 
     def left_in_call(self) -> float:
         return self.call_ends - time.monotonic()
@@ -166,29 +170,35 @@ def free_memory() -> None:
 
 
 def make_pairs(args: argparse.Namespace, clock: Clock) -> None:
-    """`pairs build` on more and more rows. How many more is what fits, by the time of the last chunk."""
+    """`pairs build` on more and more rows. How many more is what fits, by the time of the last chunk.
+
+    A chunk that is late makes no pairs, because its rows go through the stages together; those of the chunks
+    before it are in the file. So a chunk is half of what fits, and what may be lost is smaller each time.
+    """
     rows = make.read(f"{args.work}/train.jsonl")
     flags = sampling(args, "build", args.model, f"{args.work}/problems.jsonl", f"{args.work}/build",
                      args.dtype, *study.BUILD, *args.build)
     sampler = sampler_of(flags)  # one for all chunks, with its model
     done, chunk = clock.known.get("problems", 0), clock.known.get("chunk", args.chunk)
+    clock.known.setdefault("chunk_began", clock.spent())  # on this part's clock: a chunk may take two calls
     while chunk:
-        end, began = min(done + chunk, len(rows)), time.monotonic()
+        end = min(done + chunk, len(rows))
         make.write(f"{args.work}/problems.jsonl", rows[:end])
         try:
             # The first chunk is done in any case, as there is nothing else to train on.
             command.run(flags, Punctual(sampler, clock) if done else sampler)
         except TimeIsUp:
             break
-        seconds, pairs = time.monotonic() - began, len(make.read(f"{args.work}/build/pairs.jsonl"))
+        seconds = clock.spent() - clock.known["chunk_began"]
+        pairs = len(make.read(f"{args.work}/build/pairs.jsonl"))
         print(f"== {pairs} pairs of {end} problems; the last {end - done} took {seconds:.0f} s", flush=True)
 
-        fits = int(0.9 * clock.left() / (seconds / (end - done)))
+        fits = int(0.45 * clock.left() / (seconds / (end - done)))
         wanted = math.ceil(max(args.aim - pairs, 0) * end / max(pairs, 1))
         done, chunk = end, min(fits, wanted, len(rows) - end)
         if chunk < args.chunk / 4:  # its waves would take as long as those of a large one
             chunk = 0
-        clock.keep(problems=done, chunk=chunk)
+        clock.keep(problems=done, chunk=chunk, chunk_began=clock.spent())
     clock.keep(pairs=len(make.read(f"{args.work}/build/pairs.jsonl")), chunk=0)
 
 

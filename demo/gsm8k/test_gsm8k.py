@@ -186,8 +186,9 @@ def test_the_seconds_of_former_calls_count(on_gpu, monkeypatch):
 
 
 def test_chunks_are_as_large_as_the_time_allows(on_gpu, monkeypatch):
-    """Of ten rows at 2 s each in 10 s: two, then what fits into nine tenths of what is left."""
+    """Of ten rows at 2 s each in 20 s: two, then what fits into about half of what is left."""
     now, ends = 0, []
+    on_gpu.budget = [20, 0, 0]
 
     def build(flags, sampler):
         nonlocal now
@@ -204,7 +205,7 @@ def test_chunks_are_as_large_as_the_time_allows(on_gpu, monkeypatch):
     clock = one_gpu.Clock(on_gpu)
     with clock.part("pairs"):
         one_gpu.make_pairs(on_gpu, clock)
-    assert ends == [2, 4] and clock.known["pairs"] == 2 and now == 8
+    assert ends == [2, 5, 7, 8] and clock.known["pairs"] == 4 and now == 16
 
     ends.clear()
     on_gpu.aim, on_gpu.budget = 3, [1000, 0, 0]
@@ -213,6 +214,33 @@ def test_chunks_are_as_large_as_the_time_allows(on_gpu, monkeypatch):
     with clock.part("pairs"):
         one_gpu.make_pairs(on_gpu, clock)
     assert ends == [2, 6] and clock.known["pairs"] == 3  # one pair of two rows: two more are four rows
+
+
+def test_a_chunk_of_two_calls_is_as_slow_as_both_together(on_gpu, monkeypatch):
+    """Else what the second call finds in the cache would make the next chunk too large."""
+    now, ends = 0, []
+    seconds = iter([4, 9, 1, 8])  # the first chunk; the second, until its call ends, and its rest; the third
+
+    def build(flags, sampler):
+        nonlocal now
+        ends.append(len(make.read(flags.problems)))
+        now += next(seconds)
+        if now == 13:
+            raise SystemExit(one_gpu.AGAIN)
+        make.write(f"{on_gpu.work}/build/pairs.jsonl", [{}])
+    monkeypatch.setattr(one_gpu.time, "monotonic", lambda: now)
+    monkeypatch.setattr(one_gpu.command, "run", build)
+    monkeypatch.setattr(one_gpu, "sampler_of", lambda flags: "a sampler")
+    (study.Path(on_gpu.work) / "build").mkdir()
+    on_gpu.budget = [24, 0, 0]
+    one_gpu.split(on_gpu)
+    clock = one_gpu.Clock(on_gpu)
+    with pytest.raises(SystemExit), clock.part("pairs"):
+        one_gpu.make_pairs(on_gpu, clock)
+    clock = one_gpu.Clock(on_gpu)
+    with clock.part("pairs"):
+        one_gpu.make_pairs(on_gpu, clock)
+    assert ends == [2, 6, 6, 7]  # four rows took 10 s, not 1: one more is what fits into 4.5 of the 10 left
 
 
 def test_a_sampler_stops_between_batches_but_not_after_the_last(on_gpu, monkeypatch):
