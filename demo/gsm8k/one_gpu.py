@@ -21,6 +21,7 @@ away much of what training has changed. Weights, AdamW and what is exported are 
 
 import argparse
 import contextlib
+import dataclasses
 import gc
 import gzip
 import json
@@ -143,9 +144,8 @@ def in_words(args: argparse.Namespace) -> list[str]:
 
 
 def sampler_of(flags: argparse.Namespace) -> LocalSampler:
-    settings = Settings(model=flags.model, temperature=flags.temperature, top_p=flags.top_p,
-                        max_new_tokens=flags.max_new_tokens, seed=flags.seed, dtype=flags.dtype,
-                        batch_tokens=flags.batch_tokens)
+    names = [field.name for field in dataclasses.fields(Settings)]
+    settings = Settings(**{name: getattr(flags, name) for name in names})
     return LocalSampler(settings, read_tokenizer(flags.model))
 
 

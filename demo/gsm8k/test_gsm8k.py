@@ -160,6 +160,17 @@ def test_the_rows_held_out_on_a_gpu_are_those_of_the_study(on_gpu):
     assert len(train) == 10 and train[3]["answer"] == "3"
 
 
+def test_the_sampler_is_told_all_that_build_is_told(on_gpu, monkeypatch):
+    """Among it what one_gpu.py has no flag for."""
+    monkeypatch.setattr(one_gpu, "LocalSampler", lambda settings, tokenizer: settings)
+    monkeypatch.setattr(one_gpu, "read_tokenizer", lambda model: None)
+    flags = one_gpu.sampling(on_gpu, "build", "M", "P", "OUT", "bfloat16", *study.BUILD, "--cuda-graphs",
+                             "--template", "alpaca")
+    settings = one_gpu.sampler_of(flags)
+    assert settings.cuda_graphs and settings.template == "alpaca"
+    assert (settings.max_new_tokens, settings.batch_tokens, settings.dtype) == (320, 1000, "bfloat16")
+
+
 def test_the_seconds_of_former_calls_count(on_gpu, monkeypatch):
     now = 0
     monkeypatch.setattr(one_gpu.time, "monotonic", lambda: now)
