@@ -13,7 +13,11 @@ are trained at the same time. And the clock decides how much is done, so that th
     after   greedy answers of the trained models, as before
 
 --budget has the seconds of the last three. What is done is kept in --work, so that the same command goes on
-after a stop, and the seconds of former calls count. --call ends a call before it would be killed.
+after a stop, and the seconds of former calls count.
+
+--call ends a call before it would be killed. Arms that train then are ended, and begin anew in the next call;
+so they are only started if they can have all the seconds left to them, or nearly a whole call. What is not
+interrupted: joining the pieces, loading a model, and a batch of samples, which may take half a minute.
 
 Pairs are sampled in bf16, the arithmetic of training. Answers are given in fp32, because bf16 would round
 away much of what training has changed. Weights, AdamW and what is exported are fp32.
@@ -32,7 +36,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,27 +99,30 @@ class Clock:
     def left_in_call(self) -> float:
         return self.call_ends - time.monotonic()
 
-    def check(self) -> None:
-        if self.left_in_call() < 0:
+    def check_call(self) -> None:
+        if self.left_in_call() <= 0:
             sys.exit(AGAIN)
+
+    def check(self) -> None:
+        self.check_call()
         if self.left() < 0:
             raise TimeIsUp
 
 
 class Punctual:
-    """A sampler that stops when time is up. What it has drawn by then is in the cache."""
+    """A sampler that stops when a check of the clock says so. What it has drawn by then is in the cache."""
 
-    def __init__(self, sampler: LocalSampler, clock: Clock):
-        self.sampler, self.clock = sampler, clock
+    def __init__(self, sampler: LocalSampler, check: Callable[[], None]):
+        self.sampler, self.check = sampler, check
 
     def sample(self, wanted: list) -> Iterator[list]:
-        self.clock.check()
+        self.check()
         drawn = 0
         for batch in self.sampler.sample(wanted):
             drawn += len(batch)
             yield batch
             if drawn < len(wanted):
-                self.clock.check()
+                self.check()
 
 
 # ---------------------------------------------------------------------------------------------- before, after
@@ -153,7 +160,7 @@ def answers(args: argparse.Namespace, clock: Clock, model: str, out: str) -> tup
     """Whether a model solves the rows that choose rates, and those of the result. Greedily."""
     flags = sampling(args, "solve", model, f"{args.work}/held_out.jsonl", out, "float32", "--samples", "1",
                      "--temperature", "0", "--max-new-tokens", str(args.answer_tokens))
-    command.run(flags, Punctual(sampler_of(flags), clock))
+    command.run(flags, Punctual(sampler_of(flags), clock.check))
     free_memory()
     correct = {row["prompt"]: row["correct"] for row in samples_of(out)}
     right = [correct[row["prompt"]] for row in make.read(f"{args.work}/held_out.jsonl")]
@@ -185,8 +192,8 @@ def make_pairs(args: argparse.Namespace, clock: Clock) -> None:
         end = min(done + chunk, len(rows))
         make.write(f"{args.work}/problems.jsonl", rows[:end])
         try:
-            # The first chunk is done in any case, as there is nothing else to train on.
-            command.run(flags, Punctual(sampler, clock) if done else sampler)
+            # The first chunk may be late, as there is nothing else to train on.
+            command.run(flags, Punctual(sampler, clock.check if done else clock.check_call))
         except TimeIsUp:
             break
         seconds = clock.spent() - clock.known["chunk_began"]
@@ -227,13 +234,18 @@ def train(args: argparse.Namespace, clock: Clock) -> dict[tuple[str, str], str]:
     made = content_key(Path(f"{args.work}/pairs.jsonl").read_text(), str(args.epochs), str(args.batch_size))
     folders = {}
     for rate in args.rates:
+        outs = {arm: f"{args.work}/{arm}-{rate}-{made}" for arm in args.arms}
+        folders |= {(arm, rate): out for arm, out in outs.items()}
+        missing = [arm for arm, out in outs.items() if not os.path.exists(f"{out}/model")]
+        if not missing or clock.left() <= 0:
+            continue
+        if clock.left_in_call() < min(clock.left(), 0.9 * args.call):
+            sys.exit(AGAIN)
+
         running = {}
-        for arm in args.arms:
-            out = f"{args.work}/{arm}-{rate}-{made}"
-            folders[arm, rate] = out
-            if not os.path.exists(f"{out}/model") and clock.left() > 0:
-                shutil.rmtree(out, ignore_errors=True)  # of a run that was stopped
-                running[out] = start(training(args, arm, rate, out), f"{out}.log")
+        for arm in missing:
+            shutil.rmtree(outs[arm], ignore_errors=True)  # of a run that was stopped
+            running[outs[arm]] = start(training(args, arm, rate, outs[arm]), f"{outs[arm]}.log")
         wait_for_all(running, clock)
     return {key: out for key, out in folders.items() if os.path.exists(f"{out}/model")}
 
@@ -245,11 +257,11 @@ def start(arguments: list[str], log: str) -> subprocess.Popen:
 
 
 def wait_for_all(running: dict[str, subprocess.Popen], clock: Clock) -> None:
-    """Until they have ended, or time is up. One that fails is shown, and left out."""
+    """Until they have ended, or time is up. One that fails is shown, and left out. Ends with the call."""
     try:
         for out, process in running.items():
             with contextlib.suppress(subprocess.TimeoutExpired):
-                if process.wait(max(clock.left(), 0)):
+                if process.wait(max(min(clock.left(), clock.left_in_call()), 0)):
                     print(f"== {out} failed:", Path(f"{out}.log").read_text()[-2000:], sep="\n", flush=True)
     finally:
         for out, process in running.items():
@@ -257,6 +269,7 @@ def wait_for_all(running: dict[str, subprocess.Popen], clock: Clock) -> None:
                 print(f"== {out}: no time left, ended", flush=True)
                 process.kill()
                 process.wait()
+    clock.check_call()
 
 
 # ------------------------------------------------------------------------------------------------- the result
@@ -290,8 +303,7 @@ def pack(path: str, packed: str) -> None:
     Path(packed).write_bytes(gzip.compress(Path(path).read_bytes(), mtime=0))
 
 
-def study_on_one_gpu(args: argparse.Namespace) -> None:
-    clock = Clock(args)
+def study_on_one_gpu(args: argparse.Namespace, clock: Clock) -> None:
     split(args)
     with clock.part("before"):
         before = answers(args, clock, args.model, f"{args.work}/before")
@@ -305,8 +317,6 @@ def study_on_one_gpu(args: argparse.Namespace) -> None:
         sys.exit("one_gpu: there are no pairs; give more time to them in --budget, or more problems")
 
     with clock.part("train"):
-        if clock.left_in_call() < min(clock.left(), args.call / 2):
-            sys.exit(AGAIN)
         folders = train(args, clock)
 
     after = {}
@@ -360,9 +370,10 @@ def main() -> None:
     os.makedirs(args.work, exist_ok=True)
     os.makedirs(os.path.dirname(args.out), exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the clock is kept
+    clock = Clock(args)
     if args.pieces:
         pieces.join(args.pieces, args.work)
-    study_on_one_gpu(args)
+    study_on_one_gpu(args, clock)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The study on GSM8K: its split, what it keeps, what its arms are trained on. No model is needed."""
 
+import contextlib
 import gzip
 import sys
 from argparse import Namespace
@@ -205,8 +206,7 @@ def test_chunks_are_as_large_as_the_time_allows(on_gpu, monkeypatch):
         nonlocal now
         ends.append(len(make.read(flags.problems)))
         now += 2 * (ends[-1] - (ends[-2] if ends[1:] else 0))
-        if isinstance(sampler, one_gpu.Punctual):
-            sampler.clock.check()
+        sampler.check()
         (study.Path(on_gpu.work) / "build").mkdir(exist_ok=True)
         make.write(f"{on_gpu.work}/build/pairs.jsonl", [{}] * (ends[-1] // 2))
     monkeypatch.setattr(one_gpu.time, "monotonic", lambda: now)
@@ -268,12 +268,57 @@ def test_a_sampler_stops_between_batches_but_not_after_the_last(on_gpu, monkeypa
     monkeypatch.setattr(one_gpu.time, "monotonic", lambda: now)
     clock = one_gpu.Clock(on_gpu)
     with clock.part("pairs"):
-        assert list(one_gpu.Punctual(Sampler(), clock).sample(["a"])) == [["a"]]
+        assert list(one_gpu.Punctual(Sampler(), clock.check).sample(["a"])) == [["a"]]
         with pytest.raises(one_gpu.TimeIsUp):
-            list(one_gpu.Punctual(Sampler(), clock).sample(["b", "c"]))
+            list(one_gpu.Punctual(Sampler(), clock.check).sample(["b", "c"]))
         with pytest.raises(one_gpu.TimeIsUp):
-            list(one_gpu.Punctual(Sampler(), clock).sample(["d"]))
+            list(one_gpu.Punctual(Sampler(), clock.check).sample(["d"]))
     assert drawn == ["a", "b"]
+
+
+def test_a_first_chunk_may_be_late_but_not_outlast_the_call(on_gpu, monkeypatch):
+    now, checks = 0, []
+
+    def build(flags, sampler):
+        nonlocal now
+        for now in (11, 99, 101):  # of 10 for this part, and 100 for the call
+            checks.append(now)
+            sampler.check()
+    monkeypatch.setattr(one_gpu.time, "monotonic", lambda: now)
+    monkeypatch.setattr(one_gpu.command, "run", build)
+    monkeypatch.setattr(one_gpu, "sampler_of", lambda flags: "a sampler")
+    one_gpu.split(on_gpu)
+    clock = one_gpu.Clock(on_gpu)
+    with pytest.raises(SystemExit, match="the same command goes on"), clock.part("pairs"):
+        one_gpu.make_pairs(on_gpu, clock)
+    assert checks == [11, 99, 101]
+
+
+def test_arms_are_only_started_if_the_call_leaves_them_their_time(on_gpu, monkeypatch):
+    now, started = 0, []
+    monkeypatch.setattr(one_gpu.time, "monotonic", lambda: now)
+    monkeypatch.setattr(one_gpu.study, "write_rows", lambda args: None)
+    monkeypatch.setattr(one_gpu, "start", lambda arguments, log: started.append(log))
+    monkeypatch.setattr(one_gpu, "wait_for_all", lambda running, clock: None)
+    on_gpu.arms, on_gpu.rates, on_gpu.epochs, on_gpu.batch_size = ["step"], ["1e-5"], 1, 32
+    make.write(f"{on_gpu.work}/pairs.jsonl", [{}])
+    for budget, left_in_call, starts in [(20, 19, 0), (20, 21, 1), (500, 89, 0), (500, 91, 1), (0, 50, 0)]:
+        on_gpu.budget, now = [0, budget, 0], 0
+        clock = one_gpu.Clock(on_gpu)
+        now = on_gpu.call - left_in_call
+        started.clear()
+        with contextlib.suppress(SystemExit), clock.part("train"):
+            one_gpu.train(on_gpu, clock)
+        assert len(started) == starts
+
+
+def test_arms_are_ended_with_the_call(on_gpu, tmp_path):
+    on_gpu.budget, on_gpu.call = [0, 60, 0], 0.5
+    clock = one_gpu.Clock(on_gpu)
+    late = one_gpu.start(["-c", "import time; time.sleep(60)"], str(tmp_path / "late.log"))
+    with pytest.raises(SystemExit, match="the same command goes on"), clock.part("train"):
+        one_gpu.wait_for_all({str(tmp_path / "late"): late}, clock)
+    assert late.poll() is not None and 0 < clock.known["seconds"]["train"] < 30
 
 
 def test_an_arm_that_is_late_or_fails_is_ended_and_left_out(on_gpu, tmp_path, capsys):
