@@ -100,9 +100,11 @@ run_stage() {
         if [[ -n ${DRY:-} ]]; then
             "$python" demo/gsm8k/pieces.py cut "$toy/pieces" demo/model "$toy/gsm8k_train.jsonl" --mib 1 || exit
         fi
+        local limit=585 left=$((deadline - SECONDS))
+        # It ends by itself 10 s before it would be stopped.
         # shellcheck disable=SC2086
-        stage real 585 "$python" demo/gsm8k/one_gpu.py --out "$results/real-$device.json" \
-            --budget ${BUDGET:-300 170 150} --call $((deadline - SECONDS - 10)) "${real[@]}" ;;
+        stage real $limit "$python" demo/gsm8k/one_gpu.py --out "$results/real-$device.json" \
+            --budget ${BUDGET:-300 170 150} --call $(((limit < left ? limit : left) - 10)) "${real[@]}" ;;
     *) echo "gpu.sh: no stage is called $1"; exit 2 ;;
     esac
 }
