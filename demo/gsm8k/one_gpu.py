@@ -223,9 +223,10 @@ def training(args: argparse.Namespace, arm: str, rate: str, out: str) -> list[st
         dtype = "bf16" if args.dtype == "bfloat16" else "fp32"
         return ["demo/sft.py", *common, "--batch-size", str(batch), "--dtype", dtype,
                 "--export-dtype", "fp32", "--out", f"{out}/model"]
-    # With activation checkpointing, the default on a GPU, so that the arms fit there beside each other.
+    # The arms share a GPU, but each would plan its memory as if it were alone, and gather its layers once
+    # because that fits. Activation checkpointing, the default on a GPU, does the rest to make them fit.
     return ["stepdpo.py", *common, "--batch-size", str(args.batch_size), "--dtype", args.dtype,
-            *study.ARMS[arm], "--output-dir", out]
+            "--no-gather-once", *study.ARMS[arm], "--output-dir", out]
 
 
 def train(args: argparse.Namespace, clock: Clock) -> dict[tuple[str, str], str]:

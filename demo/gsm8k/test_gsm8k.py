@@ -343,3 +343,4 @@ def test_all_arms_take_as_many_optimizer_steps(on_gpu):
     assert flags[flags.index("--export-dtype") + 1] == "fp32"  # as the others
     flags = one_gpu.training(on_gpu, "nll1", "1e-5", "out")
     assert flags[0] == "stepdpo.py" and flags[flags.index("--nll-weight") + 1] == "1"
+    assert "--no-gather-once" in flags  # as each would plan for a GPU of its own
