@@ -43,8 +43,9 @@ from typing import Any
 import pieces
 import study
 import torch
-from claims import content_key, data, environment, make, percent_gain, samples_of, share, write
+from claims import content_key, data, make, percent_gain, samples_of, share, write
 
+from bench.common import announced_environment
 from pairs import __main__ as command
 from pairs.problems import read_problems
 from pairs.sampling import LocalSampler, Settings
@@ -277,7 +278,7 @@ def wait_for_all(running: dict[str, subprocess.Popen], clock: Clock) -> None:
 
 
 def result(args: argparse.Namespace, clock: Clock, before: tuple, after: dict) -> dict[str, Any]:
-    """What goes to --out, and the table."""
+    """What goes to --out, beside the environment, and the table."""
     found = {}
     for arm in args.arms:
         rates = {rate: right for (kind, rate), right in after.items() if kind == arm}
@@ -293,7 +294,7 @@ def result(args: argparse.Namespace, clock: Clock, before: tuple, after: dict) -
         chosen_by = {rate: sum(of_rate[0]) for (kind, rate), of_rate in after.items() if kind == arm}
         arms[arm] = {"rate": rate, "right_of_choose_by_rate": chosen_by, "accuracy": share(right),
                      "gain": percent_gain(untrained, right)}
-    return {**environment(), "pairs": clock.known["pairs"], "problems": clock.known["problems"],
+    return {"pairs": clock.known["pairs"], "problems": clock.known["problems"],
             "tokens_sampled": tokens, "tokens_per_second": tokens / clock.known["seconds"]["pairs"],
             "seconds": clock.known["seconds"], "budget": args.budget, "before": share(untrained),
             "arms": arms, "left_out": [f"{arm} at {rate}" for arm in args.arms for rate in args.rates
@@ -305,6 +306,7 @@ def pack(path: str, packed: str) -> None:
 
 
 def study_on_one_gpu(args: argparse.Namespace, clock: Clock) -> None:
+    environment = announced_environment()  # the version of transformers matters: see README.md
     split(args)
     with clock.part("before"):
         before = answers(args, clock, args.model, f"{args.work}/before")
@@ -330,7 +332,7 @@ def study_on_one_gpu(args: argparse.Namespace, clock: Clock) -> None:
 
     found = result(args, clock, before, after)
     pack(f"{args.work}/pairs.jsonl", f"{args.out.removesuffix('.json')}-pairs.jsonl.gz")
-    write(args.out, found)
+    write(args.out, environment | found)
 
 
 def main() -> None:
