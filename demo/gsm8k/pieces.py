@@ -156,13 +156,17 @@ def in_order(folder: str) -> list[Path]:
     counts = {NAME.fullmatch(name)[2] for name in found}
     if len(counts) != 1:
         sys.exit(f"pieces: {folder} holds {'pieces of several archives' if counts else 'no pieces'}")
-    numbers = {int(name.split("-")[0]) for name in found}
+    numbers = {number_of(name) for name in found}
     missing = sorted(set(range(1, int(counts.pop()) + 1)) - numbers)
     if missing:
         sys.exit(f"pieces: {folder} lacks {', '.join(f'{number:02}' for number in missing)}")
     if len(numbers) < len(found):
         sys.exit(f"pieces: {folder} holds a piece twice, of several archives")
-    return [found[name] for name in sorted(found)]
+    return [found[name] for name in sorted(found, key=number_of)]
+
+
+def number_of(name: str) -> int:
+    return int(NAME.fullmatch(name)[1])  # not by the letters: 100 comes after 99
 
 
 def extract(archive: zipfile.ZipFile, name: str, path: Path, wanted: str) -> None:

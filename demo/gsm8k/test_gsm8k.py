@@ -114,6 +114,14 @@ def test_pieces_make_the_same_files_byte_for_byte(folder, tmp_path):
     assert names == sorted(path.name for path in (tmp_path / "again").iterdir())
 
 
+def test_more_than_99_pieces_are_joined_by_their_numbers(folder, tmp_path):
+    pieces.cut(str(tmp_path / "cut"), [str(folder)], 10 / 2**20)
+    names = [path.name for path in pieces.in_order(str(tmp_path / "cut"))]
+    assert len(names) > 99 and names != sorted(names)
+    pieces.join(str(tmp_path / "cut"), str(tmp_path / "there"))
+    assert (tmp_path / "there/model/sub/text.json").read_bytes() == (folder / "sub/text.json").read_bytes()
+
+
 def test_only_exact_products_are_sent_as_8_bit_numbers(folder):
     tensors = load_file(folder / "model.safetensors")
     numbers, scales = pieces.as_numbers(tensors["exact"])
