@@ -146,7 +146,29 @@ def test_missing_and_damaged_pieces_are_named(folder, tmp_path):
     first.with_name("01-of-99-0123456789ab").write_bytes(b"")
     with pytest.raises(SystemExit, match="several archives"):
         pieces.join(str(tmp_path / "cut"), str(tmp_path / "there"))
-    assert not (tmp_path / "there").exists()
+    assert not any((tmp_path / "there").iterdir())
+
+
+def test_pieces_are_read_again_only_if_a_file_is_gone(folder, tmp_path):
+    pieces.cut(str(tmp_path / "cut"), [str(folder)], 300 / 2**20)
+    pieces.join(str(tmp_path / "cut"), str(tmp_path / "there"))
+    piece = min((tmp_path / "cut").iterdir())
+    content = piece.read_bytes()
+    piece.write_bytes(b"no longer read")
+    pieces.join(str(tmp_path / "cut"), str(tmp_path / "there"))
+
+    made = tmp_path / "there/model/sub/text.json"
+    made.unlink()
+    with pytest.raises(SystemExit, match="is damaged"):
+        pieces.join(str(tmp_path / "cut"), str(tmp_path / "there"))
+    piece.write_bytes(content)
+    pieces.join(str(tmp_path / "cut"), str(tmp_path / "there"))
+    assert made.read_bytes() == (folder / "sub/text.json").read_bytes()
+
+    (tmp_path / "more.txt").write_text("of other pieces")
+    pieces.cut(str(tmp_path / "other"), [str(folder), str(tmp_path / "more.txt")], 300 / 2**20)
+    pieces.join(str(tmp_path / "other"), str(tmp_path / "there"))
+    assert (tmp_path / "there/more.txt").exists()
 
 
 # ---------------------------------------------------------------------------------------------- on one GPU
