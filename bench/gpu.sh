@@ -81,8 +81,9 @@ run_stage() {
     local against_cpu=(--cpu "${exact[@]}" --only '^ours$|fp32|float32')
     case $1 in
     # A pass holds for the code that passed, so its name carries that code's hash.
-    tests) stage "tests-$(cat ./*.py runtime/*.py runtime/tests/*.py | sha256sum | cut -c1-12)" 300 \
-        "$python" -m pytest -q -p no:cacheprovider -k cuda test_stepdpo.py runtime "${test[@]}" ;;
+    tests) stage "tests-$(cat ./*.py runtime/*.py runtime/tests/*.py pairs/*.py | sha256sum | cut -c1-12)" 300 \
+        "$python" -m pytest -q -p no:cacheprovider -k cuda test_stepdpo.py runtime pairs/test_local.py \
+        "${test[@]}" ;;
     demo) stage demo 200 "$python" stepdpo.py "@$recipe" --output-dir "$(mktemp -d)/out" "${demo[@]}" ;;
     same-demo) stage same-demo 200 "$python" bench/train.py --model demo/model --data demo/pairs.jsonl \
         --learning-rate 3e-5 "${few[@]}" "${against_cpu[@]}" --out "$results/same-demo-$device.json" ;;
