@@ -81,8 +81,9 @@ run_stage() {
     local against_cpu=(--cpu "${exact[@]}" --only '^ours$|fp32|float32')
     case $1 in
     # A pass holds for the code that passed, so its name carries that code's hash.
-    tests) stage "tests-$(cat ./*.py runtime/*.py runtime/tests/*.py | sha256sum | cut -c1-12)" 300 \
-        "$python" -m pytest -q -p no:cacheprovider -k cuda test_stepdpo.py runtime "${test[@]}" ;;
+    tests) stage "tests-$(cat ./*.py runtime/*.py runtime/tests/*.py pairs/*.py | sha256sum | cut -c1-12)" 300 \
+        "$python" -m pytest -q -p no:cacheprovider -k cuda test_stepdpo.py runtime pairs/test_local.py \
+        "${test[@]}" ;;
     demo) stage demo 200 "$python" stepdpo.py "@$recipe" --output-dir "$(mktemp -d)/out" "${demo[@]}" ;;
     same-demo) stage same-demo 200 "$python" bench/train.py --model demo/model --data demo/pairs.jsonl \
         --learning-rate 3e-5 "${few[@]}" "${against_cpu[@]}" --out "$results/same-demo-$device.json" ;;
@@ -100,9 +101,11 @@ run_stage() {
         if [[ -n ${DRY:-} ]]; then
             "$python" demo/gsm8k/pieces.py cut "$toy/pieces" demo/model "$toy/gsm8k_train.jsonl" --mib 1 || exit
         fi
+        local limit=585 left=$((deadline - SECONDS))
+        # It ends by itself 10 s before it would be stopped.
         # shellcheck disable=SC2086
-        stage real 585 "$python" demo/gsm8k/one_gpu.py --out "$results/real-$device.json" \
-            --budget ${BUDGET:-300 170 150} --call $((deadline - SECONDS - 10)) "${real[@]}" ;;
+        stage real $limit "$python" demo/gsm8k/one_gpu.py --out "$results/real-$device.json" \
+            --budget ${BUDGET:-300 170 150} --call $(((limit < left ? limit : left) - 10)) "${real[@]}" ;;
     *) echo "gpu.sh: no stage is called $1"; exit 2 ;;
     esac
 }

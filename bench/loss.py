@@ -107,18 +107,21 @@ def liger_tp():
     from liger_kernel.ops.cute.fused_linear_scaled_cross_entropy_tp import is_available
     if torch.cuda.get_device_capability() != (9, 0) or not is_available():
         raise RuntimeError("its kernels for sm_90 are not there; Liger runs plain torch in their place")
-    is_first = not dist.is_initialized()
+    is_first = not dist.is_initialized()  # of the shapes: nothing has been reserved before
     if is_first:
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    configured = []
+    is_configured = False  # this function is made anew for each shape, and each needs one reservation
 
     def logps(h, w, t):
-        if not configured:
+        nonlocal is_configured
+        if not is_configured:
             if not is_first:
                 nvshmem.pool_clear_all()  # what was reserved for another shape cannot grow
             sizes = FusedLinearCrossEntropyConfig(max_tokens=len(t), hidden_size=h.shape[1],
                                                   local_vocab_size=len(w))
-            configured.append(configure(bootstrap_group=dist.group.WORLD, device=h.device, flsce=sizes))
+            if not configure(bootstrap_group=dist.group.WORLD, device=h.device, flsce=sizes):
+                raise RuntimeError("its runtime could not be set up")
+            is_configured = True
         return -Fused.apply(h, w, t, dist.group.WORLD)
     return logps
 

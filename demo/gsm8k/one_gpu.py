@@ -13,7 +13,11 @@ are trained at the same time. And the clock decides how much is done, so that th
     after   greedy answers of the trained models, as before
 
 --budget has the seconds of the last three. What is done is kept in --work, so that the same command goes on
-after a stop, and the seconds of former calls count. --call ends a call before it would be killed.
+after a stop, and the seconds of former calls count.
+
+--call ends a call before it would be killed. Arms that train then are ended, and begin anew in the next call;
+so they are only started if they can have all the seconds left to them, or nearly a whole call. What is not
+interrupted: joining the pieces, loading a model, and a batch of samples, which may take half a minute.
 
 Pairs are sampled in bf16, the arithmetic of training. Answers are given in fp32, because bf16 would round
 away much of what training has changed. Weights, AdamW and what is exported are fp32.
@@ -21,6 +25,7 @@ away much of what training has changed. Weights, AdamW and what is exported are 
 
 import argparse
 import contextlib
+import dataclasses
 import gc
 import gzip
 import json
@@ -31,15 +36,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pieces
 import study
 import torch
-from claims import content_key, data, environment, make, percent_gain, samples_of, share, write
+from claims import content_key, data, make, percent_gain, samples_of, share, write
 
+from bench.common import announced_environment
 from pairs import __main__ as command
 from pairs.problems import read_problems
 from pairs.sampling import LocalSampler, Settings
@@ -83,34 +89,41 @@ class Clock:
             self.known["seconds"][name] += time.monotonic() - self.began
             self.keep()
 
+    def spent(self) -> float:
+        """Seconds that this part has taken, in all calls."""
+        return self.known["seconds"][self.name] + time.monotonic() - self.began
+
     def left(self) -> float:
         """Seconds that this part may still take."""
-        return self.budget[self.name] - self.known["seconds"][self.name] - (time.monotonic() - self.began)
+        return self.budget[self.name] - self.spent()
 
     def left_in_call(self) -> float:
         return self.call_ends - time.monotonic()
 
-    def check(self) -> None:
-        if self.left_in_call() < 0:
+    def check_call(self) -> None:
+        if self.left_in_call() <= 0:
             sys.exit(AGAIN)
+
+    def check(self) -> None:
+        self.check_call()
         if self.left() < 0:
             raise TimeIsUp
 
 
 class Punctual:
-    """A sampler that stops when time is up. What it has drawn by then is in the cache."""
+    """A sampler that stops when a check of the clock says so. What it has drawn by then is in the cache."""
 
-    def __init__(self, sampler: LocalSampler, clock: Clock):
-        self.sampler, self.clock = sampler, clock
+    def __init__(self, sampler: LocalSampler, check: Callable[[], None]):
+        self.sampler, self.check = sampler, check
 
     def sample(self, wanted: list) -> Iterator[list]:
-        self.clock.check()
+        self.check()
         drawn = 0
         for batch in self.sampler.sample(wanted):
             drawn += len(batch)
             yield batch
             if drawn < len(wanted):
-                self.clock.check()
+                self.check()
 
 
 # ---------------------------------------------------------------------------------------------- before, after
@@ -139,9 +152,8 @@ def in_words(args: argparse.Namespace) -> list[str]:
 
 
 def sampler_of(flags: argparse.Namespace) -> LocalSampler:
-    settings = Settings(model=flags.model, temperature=flags.temperature, top_p=flags.top_p,
-                        max_new_tokens=flags.max_new_tokens, seed=flags.seed, dtype=flags.dtype,
-                        batch_tokens=flags.batch_tokens)
+    names = [field.name for field in dataclasses.fields(Settings)]
+    settings = Settings(**{name: getattr(flags, name) for name in names})
     return LocalSampler(settings, read_tokenizer(flags.model))
 
 
@@ -149,7 +161,7 @@ def answers(args: argparse.Namespace, clock: Clock, model: str, out: str) -> tup
     """Whether a model solves the rows that choose rates, and those of the result. Greedily."""
     flags = sampling(args, "solve", model, f"{args.work}/held_out.jsonl", out, "float32", "--samples", "1",
                      "--temperature", "0", "--max-new-tokens", str(args.answer_tokens))
-    command.run(flags, Punctual(sampler_of(flags), clock))
+    command.run(flags, Punctual(sampler_of(flags), clock.check))
     free_memory()
     correct = {row["prompt"]: row["correct"] for row in samples_of(out)}
     right = [correct[row["prompt"]] for row in make.read(f"{args.work}/held_out.jsonl")]
@@ -166,29 +178,35 @@ def free_memory() -> None:
 
 
 def make_pairs(args: argparse.Namespace, clock: Clock) -> None:
-    """`pairs build` on more and more rows. How many more is what fits, by the time of the last chunk."""
+    """`pairs build` on more and more rows. How many more is what fits, by the time of the last chunk.
+
+    A chunk that is late makes no pairs, because its rows go through the stages together; those of the chunks
+    before it are in the file. So a chunk is half of what fits, and what may be lost is smaller each time.
+    """
     rows = make.read(f"{args.work}/train.jsonl")
     flags = sampling(args, "build", args.model, f"{args.work}/problems.jsonl", f"{args.work}/build",
                      args.dtype, *study.BUILD, *args.build)
     sampler = sampler_of(flags)  # one for all chunks, with its model
     done, chunk = clock.known.get("problems", 0), clock.known.get("chunk", args.chunk)
+    clock.known.setdefault("chunk_began", clock.spent())  # on this part's clock: a chunk may take two calls
     while chunk:
-        end, began = min(done + chunk, len(rows)), time.monotonic()
+        end = min(done + chunk, len(rows))
         make.write(f"{args.work}/problems.jsonl", rows[:end])
         try:
-            # The first chunk is done in any case, as there is nothing else to train on.
-            command.run(flags, Punctual(sampler, clock) if done else sampler)
+            # The first chunk may be late, as there is nothing else to train on.
+            command.run(flags, Punctual(sampler, clock.check if done else clock.check_call))
         except TimeIsUp:
             break
-        seconds, pairs = time.monotonic() - began, len(make.read(f"{args.work}/build/pairs.jsonl"))
+        seconds = clock.spent() - clock.known["chunk_began"]
+        pairs = len(make.read(f"{args.work}/build/pairs.jsonl"))
         print(f"== {pairs} pairs of {end} problems; the last {end - done} took {seconds:.0f} s", flush=True)
 
-        fits = int(0.9 * clock.left() / (seconds / (end - done)))
+        fits = int(0.45 * clock.left() / (seconds / (end - done)))
         wanted = math.ceil(max(args.aim - pairs, 0) * end / max(pairs, 1))
         done, chunk = end, min(fits, wanted, len(rows) - end)
         if chunk < args.chunk / 4:  # its waves would take as long as those of a large one
             chunk = 0
-        clock.keep(problems=done, chunk=chunk)
+        clock.keep(problems=done, chunk=chunk, chunk_began=clock.spent())
     clock.keep(pairs=len(make.read(f"{args.work}/build/pairs.jsonl")), chunk=0)
 
 
@@ -206,9 +224,10 @@ def training(args: argparse.Namespace, arm: str, rate: str, out: str) -> list[st
         dtype = "bf16" if args.dtype == "bfloat16" else "fp32"
         return ["demo/sft.py", *common, "--batch-size", str(batch), "--dtype", dtype,
                 "--export-dtype", "fp32", "--out", f"{out}/model"]
-    # With activation checkpointing, the default on a GPU, so that the arms fit there beside each other.
+    # The arms share a GPU, but each would plan its memory as if it were alone, and gather its layers once
+    # because that fits. Activation checkpointing, the default on a GPU, does the rest to make them fit.
     return ["stepdpo.py", *common, "--batch-size", str(args.batch_size), "--dtype", args.dtype,
-            *study.ARMS[arm], "--output-dir", out]
+            "--no-gather-once", *study.ARMS[arm], "--output-dir", out]
 
 
 def train(args: argparse.Namespace, clock: Clock) -> dict[tuple[str, str], str]:
@@ -217,13 +236,18 @@ def train(args: argparse.Namespace, clock: Clock) -> dict[tuple[str, str], str]:
     made = content_key(Path(f"{args.work}/pairs.jsonl").read_text(), str(args.epochs), str(args.batch_size))
     folders = {}
     for rate in args.rates:
+        outs = {arm: f"{args.work}/{arm}-{rate}-{made}" for arm in args.arms}
+        folders |= {(arm, rate): out for arm, out in outs.items()}
+        missing = [arm for arm, out in outs.items() if not os.path.exists(f"{out}/model")]
+        if not missing or clock.left() <= 0:
+            continue
+        if clock.left_in_call() < min(clock.left(), 0.9 * args.call):
+            sys.exit(AGAIN)
+
         running = {}
-        for arm in args.arms:
-            out = f"{args.work}/{arm}-{rate}-{made}"
-            folders[arm, rate] = out
-            if not os.path.exists(f"{out}/model") and clock.left() > 0:
-                shutil.rmtree(out, ignore_errors=True)  # of a run that was stopped
-                running[out] = start(training(args, arm, rate, out), f"{out}.log")
+        for arm in missing:
+            shutil.rmtree(outs[arm], ignore_errors=True)  # of a run that was stopped
+            running[outs[arm]] = start(training(args, arm, rate, outs[arm]), f"{outs[arm]}.log")
         wait_for_all(running, clock)
     return {key: out for key, out in folders.items() if os.path.exists(f"{out}/model")}
 
@@ -235,11 +259,11 @@ def start(arguments: list[str], log: str) -> subprocess.Popen:
 
 
 def wait_for_all(running: dict[str, subprocess.Popen], clock: Clock) -> None:
-    """Until they have ended, or time is up. One that fails is shown, and left out."""
+    """Until they have ended, or time is up. One that fails is shown, and left out. Ends with the call."""
     try:
         for out, process in running.items():
             with contextlib.suppress(subprocess.TimeoutExpired):
-                if process.wait(max(clock.left(), 0)):
+                if process.wait(max(min(clock.left(), clock.left_in_call()), 0)):
                     print(f"== {out} failed:", Path(f"{out}.log").read_text()[-2000:], sep="\n", flush=True)
     finally:
         for out, process in running.items():
@@ -247,13 +271,14 @@ def wait_for_all(running: dict[str, subprocess.Popen], clock: Clock) -> None:
                 print(f"== {out}: no time left, ended", flush=True)
                 process.kill()
                 process.wait()
+    clock.check_call()
 
 
 # ------------------------------------------------------------------------------------------------- the result
 
 
 def result(args: argparse.Namespace, clock: Clock, before: tuple, after: dict) -> dict[str, Any]:
-    """What goes to --out, and the table."""
+    """What goes to --out, beside the environment, and the table."""
     found = {}
     for arm in args.arms:
         rates = {rate: right for (kind, rate), right in after.items() if kind == arm}
@@ -269,7 +294,7 @@ def result(args: argparse.Namespace, clock: Clock, before: tuple, after: dict) -
         chosen_by = {rate: sum(of_rate[0]) for (kind, rate), of_rate in after.items() if kind == arm}
         arms[arm] = {"rate": rate, "right_of_choose_by_rate": chosen_by, "accuracy": share(right),
                      "gain": percent_gain(untrained, right)}
-    return {**environment(), "pairs": clock.known["pairs"], "problems": clock.known["problems"],
+    return {"pairs": clock.known["pairs"], "problems": clock.known["problems"],
             "tokens_sampled": tokens, "tokens_per_second": tokens / clock.known["seconds"]["pairs"],
             "seconds": clock.known["seconds"], "budget": args.budget, "before": share(untrained),
             "arms": arms, "left_out": [f"{arm} at {rate}" for arm in args.arms for rate in args.rates
@@ -280,8 +305,8 @@ def pack(path: str, packed: str) -> None:
     Path(packed).write_bytes(gzip.compress(Path(path).read_bytes(), mtime=0))
 
 
-def study_on_one_gpu(args: argparse.Namespace) -> None:
-    clock = Clock(args)
+def study_on_one_gpu(args: argparse.Namespace, clock: Clock) -> None:
+    environment = announced_environment()  # the version of transformers matters: see README.md
     split(args)
     with clock.part("before"):
         before = answers(args, clock, args.model, f"{args.work}/before")
@@ -295,8 +320,6 @@ def study_on_one_gpu(args: argparse.Namespace) -> None:
         sys.exit("one_gpu: there are no pairs; give more time to them in --budget, or more problems")
 
     with clock.part("train"):
-        if clock.left_in_call() < min(clock.left(), args.call / 2):
-            sys.exit(AGAIN)
         folders = train(args, clock)
 
     after = {}
@@ -309,7 +332,7 @@ def study_on_one_gpu(args: argparse.Namespace) -> None:
 
     found = result(args, clock, before, after)
     pack(f"{args.work}/pairs.jsonl", f"{args.out.removesuffix('.json')}-pairs.jsonl.gz")
-    write(args.out, found)
+    write(args.out, environment | found)
 
 
 def main() -> None:
@@ -350,9 +373,10 @@ def main() -> None:
     os.makedirs(args.work, exist_ok=True)
     os.makedirs(os.path.dirname(args.out), exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the clock is kept
+    clock = Clock(args)
     if args.pieces:
         pieces.join(args.pieces, args.work)
-    study_on_one_gpu(args)
+    study_on_one_gpu(args, clock)
 
 
 if __name__ == "__main__":

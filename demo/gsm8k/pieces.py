@@ -136,19 +136,38 @@ def hash_of(path: Path) -> str:
 
 
 def join(folder: str, out: str) -> None:
-    """Make the files again, unless they are there. Exits with what is missing if not all pieces are there."""
+    """Make the files again, unless they are there. Exits with what is missing if not all pieces are there.
+
+    The file joined.json beside them says what was made, and of which pieces; so these are read only once.
+    """
     pieces = in_order(folder)
-    with tempfile.TemporaryFile(dir=folder) as whole:
+    names = [path.name for path in pieces]
+    if were_joined(names, out):
+        return
+    os.makedirs(out, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out) as whole:  # the folder of pieces may be one that is only read
         for path in pieces:
             content = path.read_bytes()
             if hashlib.sha256(content).hexdigest()[:12] != NAME.fullmatch(path.name)[3]:
                 sys.exit(f"pieces: {path} is damaged; send it again")
             whole.write(content)
         with zipfile.ZipFile(whole) as archive:
-            for name, wanted in json.loads(archive.read("sha256.json")).items():
+            hashes = json.loads(archive.read("sha256.json"))
+            for name, wanted in hashes.items():
                 path = Path(out, name)
                 if not path.exists():
                     extract(archive, name, path, wanted)
+    Path(out, "joined.json.writing").write_text(json.dumps({"pieces": names, "files": list(hashes)}))
+    os.replace(Path(out, "joined.json.writing"), Path(out, "joined.json"))
+
+
+def were_joined(pieces: list[str], out: str) -> bool:
+    """Whether a folder has all files of these pieces, which are known by the hashes in their names."""
+    path = Path(out, "joined.json")
+    if not path.exists():
+        return False
+    known = json.loads(path.read_text())
+    return known["pieces"] == pieces and all(Path(out, name).exists() for name in known["files"])
 
 
 def in_order(folder: str) -> list[Path]:
@@ -156,13 +175,17 @@ def in_order(folder: str) -> list[Path]:
     counts = {NAME.fullmatch(name)[2] for name in found}
     if len(counts) != 1:
         sys.exit(f"pieces: {folder} holds {'pieces of several archives' if counts else 'no pieces'}")
-    numbers = {int(name.split("-")[0]) for name in found}
+    numbers = {number_of(name) for name in found}
     missing = sorted(set(range(1, int(counts.pop()) + 1)) - numbers)
     if missing:
         sys.exit(f"pieces: {folder} lacks {', '.join(f'{number:02}' for number in missing)}")
     if len(numbers) < len(found):
         sys.exit(f"pieces: {folder} holds a piece twice, of several archives")
-    return [found[name] for name in sorted(found)]
+    return [found[name] for name in sorted(found, key=number_of)]
+
+
+def number_of(name: str) -> int:
+    return int(NAME.fullmatch(name)[1])  # not by the letters: 100 comes after 99
 
 
 def extract(archive: zipfile.ZipFile, name: str, path: Path, wanted: str) -> None:

@@ -1,5 +1,6 @@
 """The study on GSM8K: its split, what it keeps, what its arms are trained on. No model is needed."""
 
+import contextlib
 import gzip
 import sys
 from argparse import Namespace
@@ -113,6 +114,14 @@ def test_pieces_make_the_same_files_byte_for_byte(folder, tmp_path):
     assert names == sorted(path.name for path in (tmp_path / "again").iterdir())
 
 
+def test_more_than_99_pieces_are_joined_by_their_numbers(folder, tmp_path):
+    pieces.cut(str(tmp_path / "cut"), [str(folder)], 10 / 2**20)
+    names = [path.name for path in pieces.in_order(str(tmp_path / "cut"))]
+    assert len(names) > 99 and names != sorted(names)
+    pieces.join(str(tmp_path / "cut"), str(tmp_path / "there"))
+    assert (tmp_path / "there/model/sub/text.json").read_bytes() == (folder / "sub/text.json").read_bytes()
+
+
 def test_only_exact_products_are_sent_as_8_bit_numbers(folder):
     tensors = load_file(folder / "model.safetensors")
     numbers, scales = pieces.as_numbers(tensors["exact"])
@@ -137,7 +146,29 @@ def test_missing_and_damaged_pieces_are_named(folder, tmp_path):
     first.with_name("01-of-99-0123456789ab").write_bytes(b"")
     with pytest.raises(SystemExit, match="several archives"):
         pieces.join(str(tmp_path / "cut"), str(tmp_path / "there"))
-    assert not (tmp_path / "there").exists()
+    assert not any((tmp_path / "there").iterdir())
+
+
+def test_pieces_are_read_again_only_if_a_file_is_gone(folder, tmp_path):
+    pieces.cut(str(tmp_path / "cut"), [str(folder)], 300 / 2**20)
+    pieces.join(str(tmp_path / "cut"), str(tmp_path / "there"))
+    piece = min((tmp_path / "cut").iterdir())
+    content = piece.read_bytes()
+    piece.write_bytes(b"no longer read")
+    pieces.join(str(tmp_path / "cut"), str(tmp_path / "there"))
+
+    made = tmp_path / "there/model/sub/text.json"
+    made.unlink()
+    with pytest.raises(SystemExit, match="is damaged"):
+        pieces.join(str(tmp_path / "cut"), str(tmp_path / "there"))
+    piece.write_bytes(content)
+    pieces.join(str(tmp_path / "cut"), str(tmp_path / "there"))
+    assert made.read_bytes() == (folder / "sub/text.json").read_bytes()
+
+    (tmp_path / "more.txt").write_text("of other pieces")
+    pieces.cut(str(tmp_path / "other"), [str(folder), str(tmp_path / "more.txt")], 300 / 2**20)
+    pieces.join(str(tmp_path / "other"), str(tmp_path / "there"))
+    assert (tmp_path / "there/more.txt").exists()
 
 
 # ---------------------------------------------------------------------------------------------- on one GPU
@@ -158,6 +189,17 @@ def test_the_rows_held_out_on_a_gpu_are_those_of_the_study(on_gpu):
     train, held_out = (make.read(f"{on_gpu.work}/{name}.jsonl") for name in ("train", "held_out"))
     assert [row["prompt"] for row in train + held_out] == [row["question"] for part in parts for row in part]
     assert len(train) == 10 and train[3]["answer"] == "3"
+
+
+def test_the_sampler_is_told_all_that_build_is_told(on_gpu, monkeypatch):
+    """Among it what one_gpu.py has no flag for."""
+    monkeypatch.setattr(one_gpu, "LocalSampler", lambda settings, tokenizer: settings)
+    monkeypatch.setattr(one_gpu, "read_tokenizer", lambda model: None)
+    flags = one_gpu.sampling(on_gpu, "build", "M", "P", "OUT", "bfloat16", *study.BUILD, "--cuda-graphs",
+                             "--template", "alpaca")
+    settings = one_gpu.sampler_of(flags)
+    assert settings.cuda_graphs and settings.template == "alpaca"
+    assert (settings.max_new_tokens, settings.batch_tokens, settings.dtype) == (320, 1000, "bfloat16")
 
 
 def test_the_seconds_of_former_calls_count(on_gpu, monkeypatch):
@@ -186,15 +228,15 @@ def test_the_seconds_of_former_calls_count(on_gpu, monkeypatch):
 
 
 def test_chunks_are_as_large_as_the_time_allows(on_gpu, monkeypatch):
-    """Of ten rows at 2 s each in 10 s: two, then what fits into nine tenths of what is left."""
+    """Of ten rows at 2 s each in 20 s: two, then what fits into about half of what is left."""
     now, ends = 0, []
+    on_gpu.budget = [20, 0, 0]
 
     def build(flags, sampler):
         nonlocal now
         ends.append(len(make.read(flags.problems)))
         now += 2 * (ends[-1] - (ends[-2] if ends[1:] else 0))
-        if isinstance(sampler, one_gpu.Punctual):
-            sampler.clock.check()
+        sampler.check()
         (study.Path(on_gpu.work) / "build").mkdir(exist_ok=True)
         make.write(f"{on_gpu.work}/build/pairs.jsonl", [{}] * (ends[-1] // 2))
     monkeypatch.setattr(one_gpu.time, "monotonic", lambda: now)
@@ -204,7 +246,7 @@ def test_chunks_are_as_large_as_the_time_allows(on_gpu, monkeypatch):
     clock = one_gpu.Clock(on_gpu)
     with clock.part("pairs"):
         one_gpu.make_pairs(on_gpu, clock)
-    assert ends == [2, 4] and clock.known["pairs"] == 2 and now == 8
+    assert ends == [2, 5, 7, 8] and clock.known["pairs"] == 4 and now == 16
 
     ends.clear()
     on_gpu.aim, on_gpu.budget = 3, [1000, 0, 0]
@@ -213,6 +255,33 @@ def test_chunks_are_as_large_as_the_time_allows(on_gpu, monkeypatch):
     with clock.part("pairs"):
         one_gpu.make_pairs(on_gpu, clock)
     assert ends == [2, 6] and clock.known["pairs"] == 3  # one pair of two rows: two more are four rows
+
+
+def test_a_chunk_of_two_calls_is_as_slow_as_both_together(on_gpu, monkeypatch):
+    """Else what the second call finds in the cache would make the next chunk too large."""
+    now, ends = 0, []
+    seconds = iter([4, 9, 1, 8])  # the first chunk; the second, until its call ends, and its rest; the third
+
+    def build(flags, sampler):
+        nonlocal now
+        ends.append(len(make.read(flags.problems)))
+        now += next(seconds)
+        if now == 13:
+            raise SystemExit(one_gpu.AGAIN)
+        make.write(f"{on_gpu.work}/build/pairs.jsonl", [{}])
+    monkeypatch.setattr(one_gpu.time, "monotonic", lambda: now)
+    monkeypatch.setattr(one_gpu.command, "run", build)
+    monkeypatch.setattr(one_gpu, "sampler_of", lambda flags: "a sampler")
+    (study.Path(on_gpu.work) / "build").mkdir()
+    on_gpu.budget = [24, 0, 0]
+    one_gpu.split(on_gpu)
+    clock = one_gpu.Clock(on_gpu)
+    with pytest.raises(SystemExit), clock.part("pairs"):
+        one_gpu.make_pairs(on_gpu, clock)
+    clock = one_gpu.Clock(on_gpu)
+    with clock.part("pairs"):
+        one_gpu.make_pairs(on_gpu, clock)
+    assert ends == [2, 6, 6, 7]  # four rows took 10 s, not 1: one more is what fits into 4.5 of the 10 left
 
 
 def test_a_sampler_stops_between_batches_but_not_after_the_last(on_gpu, monkeypatch):
@@ -229,12 +298,57 @@ def test_a_sampler_stops_between_batches_but_not_after_the_last(on_gpu, monkeypa
     monkeypatch.setattr(one_gpu.time, "monotonic", lambda: now)
     clock = one_gpu.Clock(on_gpu)
     with clock.part("pairs"):
-        assert list(one_gpu.Punctual(Sampler(), clock).sample(["a"])) == [["a"]]
+        assert list(one_gpu.Punctual(Sampler(), clock.check).sample(["a"])) == [["a"]]
         with pytest.raises(one_gpu.TimeIsUp):
-            list(one_gpu.Punctual(Sampler(), clock).sample(["b", "c"]))
+            list(one_gpu.Punctual(Sampler(), clock.check).sample(["b", "c"]))
         with pytest.raises(one_gpu.TimeIsUp):
-            list(one_gpu.Punctual(Sampler(), clock).sample(["d"]))
+            list(one_gpu.Punctual(Sampler(), clock.check).sample(["d"]))
     assert drawn == ["a", "b"]
+
+
+def test_a_first_chunk_may_be_late_but_not_outlast_the_call(on_gpu, monkeypatch):
+    now, checks = 0, []
+
+    def build(flags, sampler):
+        nonlocal now
+        for now in (11, 99, 101):  # of 10 for this part, and 100 for the call
+            checks.append(now)
+            sampler.check()
+    monkeypatch.setattr(one_gpu.time, "monotonic", lambda: now)
+    monkeypatch.setattr(one_gpu.command, "run", build)
+    monkeypatch.setattr(one_gpu, "sampler_of", lambda flags: "a sampler")
+    one_gpu.split(on_gpu)
+    clock = one_gpu.Clock(on_gpu)
+    with pytest.raises(SystemExit, match="the same command goes on"), clock.part("pairs"):
+        one_gpu.make_pairs(on_gpu, clock)
+    assert checks == [11, 99, 101]
+
+
+def test_arms_are_only_started_if_the_call_leaves_them_their_time(on_gpu, monkeypatch):
+    now, started = 0, []
+    monkeypatch.setattr(one_gpu.time, "monotonic", lambda: now)
+    monkeypatch.setattr(one_gpu.study, "write_rows", lambda args: None)
+    monkeypatch.setattr(one_gpu, "start", lambda arguments, log: started.append(log))
+    monkeypatch.setattr(one_gpu, "wait_for_all", lambda running, clock: None)
+    on_gpu.arms, on_gpu.rates, on_gpu.epochs, on_gpu.batch_size = ["step"], ["1e-5"], 1, 32
+    make.write(f"{on_gpu.work}/pairs.jsonl", [{}])
+    for budget, left_in_call, starts in [(20, 19, 0), (20, 21, 1), (500, 89, 0), (500, 91, 1), (0, 50, 0)]:
+        on_gpu.budget, now = [0, budget, 0], 0
+        clock = one_gpu.Clock(on_gpu)
+        now = on_gpu.call - left_in_call
+        started.clear()
+        with contextlib.suppress(SystemExit), clock.part("train"):
+            one_gpu.train(on_gpu, clock)
+        assert len(started) == starts
+
+
+def test_arms_are_ended_with_the_call(on_gpu, tmp_path):
+    on_gpu.budget, on_gpu.call = [0, 60, 0], 0.5
+    clock = one_gpu.Clock(on_gpu)
+    late = one_gpu.start(["-c", "import time; time.sleep(60)"], str(tmp_path / "late.log"))
+    with pytest.raises(SystemExit, match="the same command goes on"), clock.part("train"):
+        one_gpu.wait_for_all({str(tmp_path / "late"): late}, clock)
+    assert late.poll() is not None and 0 < clock.known["seconds"]["train"] < 30
 
 
 def test_an_arm_that_is_late_or_fails_is_ended_and_left_out(on_gpu, tmp_path, capsys):
@@ -259,3 +373,4 @@ def test_all_arms_take_as_many_optimizer_steps(on_gpu):
     assert flags[flags.index("--export-dtype") + 1] == "fp32"  # as the others
     flags = one_gpu.training(on_gpu, "nll1", "1e-5", "out")
     assert flags[0] == "stepdpo.py" and flags[flags.index("--nll-weight") + 1] == "1"
+    assert "--no-gather-once" in flags  # as each would plan for a GPU of its own
