@@ -37,10 +37,11 @@ class LocalSampler:
     """
 
     def __init__(self, settings: Settings, tokenizer: Any):
-        cuda = torch.cuda.is_available()
-        self.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
+        self.device = local_device()
+        if self.device != "cpu":
+            torch.cuda.set_device(self.device)  # graphs are captured on the current one
         self.settings, self.tokenizer = settings, tokenizer
-        self.budget = settings.batch_tokens or (131072 if cuda else 16384)
+        self.budget = settings.batch_tokens or (16384 if self.device == "cpu" else 131072)
         self.is_checked = False  # that batches do not change what the model says
         self.known: dict[Prompt, Kept] = {}  # what was read, the latest last
 
@@ -338,6 +339,11 @@ class LocalSampler:
         before = self.tokenizer.decode(ids, skip_special_tokens=True)
         whole = self.tokenizer.decode(ids + new, skip_special_tokens=True)
         return Continuation(whole[len(before):], len(new), new[-1] not in self.end_tokens)
+
+
+def local_device() -> str:
+    """The GPU that is this process's under torchrun, the first one without it, or the CPU."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def of_similar_size(rests: list[tuple[int, Prompt, Prompt | None]]) -> list[list]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import pairs.local
 from pairs import batch as batches
 from pairs.keyvalues import KeyValues, common, nearest
 from pairs.local import LocalSampler, of_similar_size
@@ -176,6 +177,13 @@ def test_a_model_that_needs_masks_of_its_own_makes_them(tiny, tokenizer, monkeyp
 
 # ----------------------------------------------------------------------------------------------------- graphs
 # Captured on a GPU only. Here torch.fx records the operations, which then run on the very same tensors too.
+
+
+def test_the_gpu_of_a_process_is_its_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(pairs.local, "local_device", lambda: "cuda:3")
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert LocalSampler(Settings("-"), None).device == "cuda:3" and current == ["cuda:3"]
 
 
 def record(forward):
