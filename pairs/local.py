@@ -315,7 +315,8 @@ class LocalSampler:
     def _choose(self, logits: Tensor, numbers: list[float]) -> Tensor:
         """(N,) tokens by (N, V) logits: the likeliest, or by a uniform number each one of the nucleus."""
         top_p = self.settings.top_p
-        if not logits.sum(dtype=torch.float32).isfinite():  # as it is not if any is not
+        low, high = logits.aminmax()  # NaN if any is
+        if not low.isfinite().logical_and(high.isfinite()):
             raise InputError(f"{self.settings.model}: its logits are not finite, so nothing can be sampled")
         if self.settings.temperature == 0:
             return logits.argmax(-1)
