@@ -44,6 +44,7 @@ class LocalSampler:
         self.budget = settings.batch_tokens or (16384 if self.device == "cpu" else 131072)
         self.is_checked = False  # that batches do not change what the model says
         self.known: dict[Prompt, Kept] = {}  # what was read, the latest last
+        self.known_share = 0.5  # of the budget, that `known` may take
 
     @cached_property
     def model(self) -> Any:
@@ -168,7 +169,7 @@ class LocalSampler:
         return most
 
     def _draw_or_none(self, wanted: list[tuple[list[int], str]]) -> list[Continuation] | None:
-        """The continuations of a batch, or None if memory runs out."""
+        """The continuations of a batch, or None if memory runs out though nothing is kept beside it."""
         can_free = len(self.known) > 0
         try:
             return self._draw(wanted)
@@ -178,6 +179,11 @@ class LocalSampler:
         # Outside of `except`, because the exception keeps the failed batch alive.
         self.known.clear()
         torch.cuda.empty_cache()
+        if can_free:
+            self.known_share /= 2  # or it would run out again, batch after batch
+            tqdm.write("out of memory: what was read before is dropped, less of it is kept from now on, and "
+                       "the batch is drawn again (a smaller --batch-tokens avoids this)", sys.stderr)
+            return self._draw_or_none(wanted)
         tqdm.write("out of memory: batches are halved (a smaller --batch-tokens avoids this)", sys.stderr)
         return None
 
@@ -273,9 +279,10 @@ class LocalSampler:
         return dict(zip(prompts, out.logits[:, -1], strict=True))
 
     def _forget(self) -> None:
-        """Drop what was not used for longest, until the rest has no more tokens than half a batch."""
+        """Drop what was not used for longest, until the rest has no more tokens than half a batch, or less
+        where memory has run out."""
         tokens = sum(map(len, self.known))
-        while tokens > self.budget // 2:
+        while tokens > self.budget * self.known_share:
             oldest = next(iter(self.known))
             del self.known[oldest]
             tokens -= len(oldest)

@@ -116,18 +116,27 @@ def test_no_more_is_kept_than_half_a_batch_and_the_latest(tiny, tokenizer):
     assert tuple(prompts[-1]) in kept and tuple(prompts[1]) not in kept
 
 
-def test_when_memory_runs_out_what_is_kept_goes_before_a_sample_is_given_up(tiny, tokenizer, monkeypatch):
-    sampler = local(tiny, tokenizer)
+def test_when_memory_runs_out_what_is_kept_goes_before_batches_are_halved(tiny, tokenizer, monkeypatch,
+                                                                          capsys):
+    sampler, sizes = local(tiny, tokenizer, batch_tokens=400), []
     (known, wanted), begin = texts(2, 20), sampler._begin
     draw(sampler, [(known, "n")])
 
-    def fail_while_full(*args):
+    def fail_while_full(prompts, most):
+        sizes.append(len(prompts))
         if sampler.known:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return begin(*args)
+        return begin(prompts, most)
 
     monkeypatch.setattr(sampler, "_begin", fail_while_full)
-    assert len(draw(sampler, [(wanted, "n")])) == 1
+    for samples in (3, 1):
+        sizes.clear()
+        assert len(draw(sampler, named([wanted], samples))) == samples
+        assert sizes == [samples] * 2 and sampler.budget == 400
+        said = capsys.readouterr().err
+        assert said.count("what was read before is dropped") == 1 and "halved" not in said
+    assert sampler.budget * sampler.known_share == 50  # of 200, so that less is kept
+
     monkeypatch.setattr(sampler, "_begin", lambda *_: exec("raise RuntimeError('out of memory')"))
     sampler.known.clear()
     with pytest.raises(RuntimeError, match="out of memory"):
