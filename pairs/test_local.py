@@ -7,6 +7,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import pairs.local
+from conftest import needs_cuda
 from pairs import batch as batches
 from pairs.keyvalues import KeyValues, common, nearest
 from pairs.local import LocalSampler, of_similar_size
@@ -247,8 +248,9 @@ def test_a_graph_that_says_something_else_is_not_used(tiny, tokenizer, monkeypat
     assert not sampler.uses_graphs
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_captured_on_a_gpu_the_samples_are_the_same(tiny, tokenizer):
+@needs_cuda
+def test_captured_on_cuda_the_samples_are_the_same(tiny, tokenizer, monkeypatch):
+    monkeypatch.setattr(pairs.local, "local_device", lambda: "cuda:0")  # in place of the CPU, see conftest.py
     wanted = named(rollouts(), 3)
     sampler = local(tiny, tokenizer, cuda_graphs=True, dtype="float32")
     assert draw(sampler, wanted) == draw(local(tiny, tokenizer, dtype="float32"), wanted)
