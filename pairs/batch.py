@@ -31,13 +31,14 @@ class Batch:
         self.rows = len(counts)
         self.size, self.captured = None, None  # of the present graph, and the graph
 
-    def keep(self, rows: list[int]) -> list[int]:
-        """Drop all but these rows, which ascend. Returns their new order."""
+    def keep(self, rows: list[int], token: Tensor) -> tuple[list[int], Tensor]:
+        """Drop all but these rows, which ascend. Returns their new order, and their tokens of (N,) in it."""
         order = self.kv_cache.keep(rows)
+        index = torch.tensor(order, device=token.device)
         self.rows = len(rows)
-        self.mask[:self.rows] = self.mask[order]  # where it was, as graphs read it
-        self.position = self.position[order]
-        return order
+        self.mask[:self.rows] = self.mask.index_select(0, index)  # where it was, as graphs read it
+        self.position = self.position.index_select(0, index)
+        return order, token.index_select(0, index)
 
     def read(self, token: Tensor) -> Tensor:
         """Next-token logits (N, V) after one more token (N,) of each row."""

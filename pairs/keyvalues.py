@@ -9,6 +9,7 @@ from bisect import bisect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -95,9 +96,14 @@ class KeyValues(Cache):
         for place, row in zip(free, moved, strict=True):
             order[place] = row
         for layer in self.layers:
-            for tensor in (layer.keys, layer.values):
-                tensor[free, :, :layer.length] = tensor[moved, :, :layer.length]
             layer.rows = len(rows)
+        if moved:
+            # Once for all layers, because a GPU is waited for when it is told indices.
+            free, moved = torch.tensor([free, moved], device=self.layers[0].keys.device)
+            for layer in self.layers:
+                for tensor in (layer.keys, layer.values):
+                    used = tensor[:, :, :layer.length]
+                    used.index_copy_(0, free, used.index_select(0, moved))
         return order
 
     @contextmanager

@@ -207,9 +207,8 @@ class LocalSampler:
             if not stay:
                 break
             if len(stay) < len(alive):  # what has ended costs nothing from here on
-                order = batch.keep(stay)
+                order, token = batch.keep(stay, token)
                 alive = [alive[j] for j in order]
-                token = token[order]
             logits = self._read_token(token, batch)
 
         return [self._continuation(ids, new) for (ids, _), new in zip(wanted, new_tokens, strict=True)]

@@ -154,6 +154,9 @@ def test_rows_that_stay_are_not_copied(tiny, tokenizer, monkeypatch):
     keys, values = kv_cache.update(torch.full((3, 2, 1, 4), 9.0), torch.full((3, 2, 1, 4), 9.0), 0)
     assert keys.shape == (3, 2, 4, 4) and keys.data_ptr() == memory
     assert keys[:, 0, 0, 0].tolist() == order and (keys[:, :, 3] == 9).all() and (values[:, :, 3] == 9).all()
+    assert (keys[:, :, :3] == -values[:, :, :3]).all()
+    assert kv_cache.keep([0, 1]) == [0, 1]  # nothing moves
+    assert kv_cache.update(keys[:2, :, :1], keys[:2, :, :1], 0)[0][:, 0, 0, 0].tolist() == order[:2]
 
 
 def test_the_nearest_text_is_the_one_with_most_in_common():
