@@ -63,19 +63,24 @@ class KeyValues(Cache):
     def __init__(self, rows: int, columns: int):
         super().__init__(layer_class_to_replicate=lambda: Layer(rows, columns))
 
-    def begin(self, texts: Sequence[Kept | None], counts: list[int], width: int) -> None:
-        """Fill `width` columns: row i ends in the first counts[i] tokens of texts[i] (0 of None)."""
+    def begin(self, texts: Sequence[Kept | None], counts: list[int], width: int,
+              text_of_row: Tensor) -> None:
+        """Fill `width` columns: row i ends in the first counts[j] tokens of texts[j], j = text_of_row[i].
+
+        Of None these are 0.
+        """
         like = next(text for text in texts if text is not None)
         for number, (keys, values) in enumerate(like):
             layer = self.layer_class_to_replicate()
             layer.lazy_initialization(keys, values)
             layer.length = width
-            for i, (text, count) in enumerate(zip(texts, counts, strict=True)):
-                # Padding must be finite: it is multiplied by attention of zero.
-                layer.keys[i, :, :width - count] = layer.values[i, :, :width - count] = 0
-                if count > 0:
-                    layer.keys[i, :, width - count:width] = text[number][0][:, :count]
-                    layer.values[i, :, width - count:width] = text[number][1][:, :count]
+            for part, to in enumerate((layer.keys, layer.values)):
+                # Each text once. Padding must be finite: it is multiplied by attention of zero.
+                rows = to.new_zeros(len(texts), to.shape[1], width, to.shape[3])
+                for row, text, count in zip(rows, texts, counts, strict=True):
+                    if count > 0:
+                        row[:, width - count:] = text[number][part][:, :count]
+                to[:, :, :width] = rows.index_select(0, text_of_row)
             self.layers.append(layer)
 
     def kept(self, row: int, count: int) -> Kept:

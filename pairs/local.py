@@ -220,12 +220,12 @@ class LocalSampler:
         place = {prompt: i for i, prompt in enumerate(different)}
         of_sample = torch.tensor([place[prompt] for prompt in prompts], device=self.device)
 
-        counts = [len(prompt) for prompt in prompts]
-        width = max(counts)
+        width = max(map(len, prompts))
         kv_cache = KeyValues(len(prompts), width + most)
-        kv_cache.begin([self.known[prompt] for prompt in prompts], counts, width)
-        batch = Batch(self.model, kv_cache, counts, most, self.ready_masks)
-        return batch, logits[of_sample]
+        kv_cache.begin([self.known[prompt] for prompt in different], [len(prompt) for prompt in different],
+                       width, of_sample)
+        batch = Batch(self.model, kv_cache, [len(prompt) for prompt in prompts], most, self.ready_masks)
+        return batch, logits.index_select(0, of_sample)
 
     def _read_prompts(self, prompts: list[Prompt]) -> Tensor:
         """Next-token logits (N, V) of different prompts, whose keys and values are in `known` from then on.
@@ -260,7 +260,8 @@ class LocalSampler:
         kv_cache = KeyValues(len(group), width)
         if width > rest:
             texts = [self.known.get(text) for _, _, text in group]
-            kv_cache.begin(texts, [max(len(prompt) - rest, 0) for prompt in prompts], width - rest)
+            kv_cache.begin(texts, [max(len(prompt) - rest, 0) for prompt in prompts], width - rest,
+                           torch.arange(len(group), device=self.device))
 
         ids = torch.zeros(len(group), rest, dtype=torch.long)
         for row, prompt in zip(ids, prompts, strict=True):
