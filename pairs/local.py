@@ -10,7 +10,7 @@ import random
 import re
 import sys
 from bisect import insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -217,6 +217,7 @@ class LocalSampler:
         """A batch of these prompts, with room for `most` more tokens, and the next-token logits (N, V)."""
         different = list(dict.fromkeys(prompts))
         logits = self._read_prompts(different)
+        self._forget(set(different))  # before the batch takes its memory
         place = {prompt: i for i, prompt in enumerate(different)}
         of_sample = torch.tensor([place[prompt] for prompt in prompts], device=self.device)
 
@@ -278,14 +279,16 @@ class LocalSampler:
             self.known[prompt] = kv_cache.kept(row, len(prompt))
         return dict(zip(prompts, out.logits[:, -1], strict=True))
 
-    def _forget(self) -> None:
-        """Drop what was not used for longest, until the rest has no more tokens than half a batch, or less
-        where memory has run out."""
+    def _forget(self, needed: Collection[Prompt] = ()) -> None:
+        """Drop what was not used for longest and is not needed, until the rest has no more tokens than half
+        a batch, or less where memory has run out."""
         tokens = sum(map(len, self.known))
-        while tokens > self.budget * self.known_share:
-            oldest = next(iter(self.known))
-            del self.known[oldest]
-            tokens -= len(oldest)
+        for text in list(self.known):
+            if tokens <= self.budget * self.known_share:
+                break
+            if text not in needed:
+                del self.known[text]
+                tokens -= len(text)
 
     def _read_token(self, token: Tensor, batch: Batch) -> Tensor:
         """Next-token logits (N, V) after one more token (N,) of each row."""

@@ -107,13 +107,19 @@ def test_nothing_is_padded_by_much_more_than_half(tiny, tokenizer, monkeypatch):
     assert all(max(group) <= 1.5 * min(group) + 8 for group in sizes) and len(sizes) < 12
 
 
-def test_no_more_is_kept_than_half_a_batch_and_the_latest(tiny, tokenizer):
-    sampler = local(tiny, tokenizer, batch_tokens=400)
+def test_no_more_is_kept_than_half_a_batch_and_the_latest(tiny, tokenizer, monkeypatch):
+    sampler, beside_batch = local(tiny, tokenizer, batch_tokens=400), []
+
+    def weigh(*args):
+        beside_batch.append(sum(map(len, sampler.known)))
+        return batches.Batch(*args)
+
+    monkeypatch.setattr(pairs.local, "Batch", weigh)
     prompts = texts(12, 40)
     for ids in prompts:
         draw(sampler, [(prompts[0] + ids[:5], "first"), (ids, "n")])
     kept = set(sampler.known)
-    assert 100 <= sum(map(len, kept)) <= 200
+    assert 100 <= sum(map(len, kept)) <= 200 and 100 <= max(beside_batch) <= 200
     assert tuple(prompts[-1]) in kept and tuple(prompts[1]) not in kept
 
 
