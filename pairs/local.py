@@ -332,7 +332,9 @@ class LocalSampler:
             return logits.argmax(-1)
         probabilities = (logits.float() / self.settings.temperature).softmax(-1)
 
-        size = 16  # the nucleus is nearly always small, so the whole vocabulary need not be sorted
+        # The nucleus is nearly always small, so the whole vocabulary need not be sorted. A GPU looks at more
+        # at once, because to ask whether that was enough is to wait for it.
+        size = 128 if logits.is_cuda else 16
         while True:
             best, tokens = probabilities.topk(min(size, probabilities.shape[1]))
             before = best.cumsum(-1) - best  # mass of all likelier tokens; the first is always in
