@@ -23,7 +23,7 @@ from runtime.messages import InputError, in_one_line, refuse_model
 from runtime.weights import FLOATS, reading
 
 from .batch import Batch, left_padded
-from .keyvalues import Kept, KeyValues, nearest
+from .keyvalues import KeyValues, TextKeyValues, nearest
 from .settings import Continuation, Settings
 
 Prompt = tuple[int, ...]  # of token ids
@@ -43,7 +43,7 @@ class LocalSampler:
         self.settings, self.tokenizer = settings, tokenizer
         self.budget = settings.batch_tokens or (16384 if self.device == "cpu" else 131072)
         self.is_checked = False  # that batches do not change what the model says
-        self.known: dict[Prompt, Kept] = {}  # what was read, the latest last
+        self.known: dict[Prompt, TextKeyValues] = {}  # what was read, the latest last
         self.known_share = 0.5  # of the budget, that `known` may take
 
     @cached_property
@@ -110,8 +110,8 @@ class LocalSampler:
         """Raise InputError if the model answers otherwise in a batch than alone.
 
         Recurrent layers have no keys and values to go on from, and padding is text to some models. Texts
-        made of the prompt are read as `_draw` reads prompts, and as plain sequences. What only makes it
-        faster is given up where it changes the answers.
+        made of the prompt are read as `_draw` reads prompts, and as plain sequences. Graphs and ready masks
+        are only for speed; where answers change with them, they are not used.
         """
         problem = self._problem_of_batching(prompt)
         if problem and self.uses_graphs:
@@ -207,7 +207,7 @@ class LocalSampler:
             if not stay:
                 break
             if len(stay) < len(alive):  # what has ended costs nothing from here on
-                order, token = batch.keep(stay, token)
+                order, token = batch.drop_all_but(stay, token)
                 alive = [alive[j] for j in order]
             logits = self._read_token(token, batch)
 
@@ -276,7 +276,7 @@ class LocalSampler:
         for row, (_, prompt, text) in enumerate(group):
             if text in self.known:  # is used, so that it is forgotten later
                 self.known[text] = self.known.pop(text)
-            self.known[prompt] = kv_cache.kept(row, len(prompt))
+            self.known[prompt] = kv_cache.copy_of(row, len(prompt))
         return dict(zip(prompts, out.logits[:, -1], strict=True))
 
     def _forget(self, needed: Collection[Prompt] = ()) -> None:

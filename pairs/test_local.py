@@ -155,13 +155,13 @@ def test_rows_that_stay_are_not_copied(tiny, tokenizer, monkeypatch):
     numbers = torch.arange(5.0)[:, None, None, None].expand(5, 2, 3, 4)
     kv_cache.update(numbers, -numbers, 0)
     memory = kv_cache.layers[0].keys.data_ptr()
-    order = kv_cache.keep([0, 3, 4])
+    order = kv_cache.drop_all_but([0, 3, 4])
     assert sorted(order) == [0, 3, 4] and order[0] == 0
     keys, values = kv_cache.update(torch.full((3, 2, 1, 4), 9.0), torch.full((3, 2, 1, 4), 9.0), 0)
     assert keys.shape == (3, 2, 4, 4) and keys.data_ptr() == memory
     assert keys[:, 0, 0, 0].tolist() == order and (keys[:, :, 3] == 9).all() and (values[:, :, 3] == 9).all()
     assert (keys[:, :, :3] == -values[:, :, :3]).all()
-    assert kv_cache.keep([0, 1]) == [0, 1]  # nothing moves
+    assert kv_cache.drop_all_but([0, 1]) == [0, 1]  # nothing moves
     assert kv_cache.update(keys[:2, :, :1], keys[:2, :, :1], 0)[0][:, 0, 0, 0].tolist() == order[:2]
 
 
