@@ -67,7 +67,7 @@ class KeyValues(Cache):
               text_of_row: Tensor) -> None:
         """Fill `width` columns: row i ends in the first counts[j] tokens of texts[j], j = text_of_row[i].
 
-        Of None these are 0.
+        Where a text is None, its count is 0.
         """
         like = next(text for text in texts if text is not None)
         for number, (keys, values) in enumerate(like):
