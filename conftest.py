@@ -31,6 +31,7 @@ import transformers  # noqa: E402
 import data  # noqa: E402
 import kernels  # noqa: E402
 import stepdpo  # noqa: E402
+from pairs import local  # noqa: E402
 from runtime import architectures, startup  # noqa: E402
 
 kernels._INTERPRETED = False  # plain torch, but where a test asks for the interpreter
@@ -242,6 +243,7 @@ if CUDA:  # the trainer is tested on the CPU there too, and on the GPU in a chil
             dist.init_process_group("gloo", **({} if "RANK" in os.environ else alone))
     startup.start_processes = start_on_cpu
     startup.local_device = stepdpo.local_device = lambda: torch.device("cpu")
+    local.local_device = lambda: "cpu"  # the sampler too, but where a test gives it the GPU
 
 # -------------------------------------------------------------------------------------------------- processes
 

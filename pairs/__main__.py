@@ -83,7 +83,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         help="the same seed gives the same samples; servers need not comply [0]")
     add("--dtype", choices=("bfloat16", "float32"), help="[bfloat16 on CUDA, else float32]")
     add("--batch-tokens", type=INT, default=Settings.batch_tokens,
-        help="samples x (prompt + --max-new-tokens) per batch: sets memory [131072 on CUDA, else 16384]")
+        help="samples x (prompt + --max-new-tokens) per batch: sets memory, which holds 1.5 "
+             "times as many tokens, and up to 2.5 while prompts are read [131072 on CUDA, else 16384]")
     add("--cuda-graphs", action=SWITCH, default=Settings.cuda_graphs,
         help="on CUDA, capture the forward of one token as a graph; not yet tried on a GPU [no]")
     add("--server", type=URL,

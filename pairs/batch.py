@@ -20,24 +20,26 @@ COLUMNS = 256  # a graph reads a multiple of so many
 class Batch:
     """Rows with their keys and values, and what a model has to be told about them.
 
+    counts[i] is the number of tokens that row i has at first, and each row has room for `more`.
     With `ready_masks` the model gets one mask for all of its layers, and else makes its own for each token.
     """
 
-    def __init__(self, model: Any, kv_cache: KeyValues, counts: list[int], columns: int, ready_masks: bool):
+    def __init__(self, model: Any, kv_cache: KeyValues, counts: list[int], more: int, ready_masks: bool):
         self.model, self.kv_cache = model, kv_cache
-        mask = left_padded(counts, kv_cache.get_seq_length(), columns).to(model.device)
+        mask = left_padded(counts, kv_cache.get_seq_length(), more).to(model.device)
         self.mask = mask.bool()[:, None, None] if ready_masks else mask
         self.position = torch.tensor(counts, device=model.device)[:, None]  # of the next token
         self.rows = len(counts)
         self.size, self.captured = None, None  # of the present graph, and the graph
 
-    def keep(self, rows: list[int]) -> list[int]:
-        """Drop all but these rows, which ascend. Returns their new order."""
-        order = self.kv_cache.keep(rows)
+    def drop_all_but(self, rows: list[int], token: Tensor) -> tuple[list[int], Tensor]:
+        """Drop all but these rows, which ascend. Returns their new order, and their tokens of (N,) in it."""
+        order = self.kv_cache.drop_all_but(rows)
+        index = torch.tensor(order, device=token.device)
         self.rows = len(rows)
-        self.mask[:self.rows] = self.mask[order]  # where it was, as graphs read it
-        self.position = self.position[order]
-        return order
+        self.mask[:self.rows] = self.mask.index_select(0, index)  # where it was, as graphs read it
+        self.position = self.position.index_select(0, index)
+        return order, token.index_select(0, index)
 
     def read(self, token: Tensor) -> Tensor:
         """Next-token logits (N, V) after one more token (N,) of each row."""
@@ -77,7 +79,7 @@ class Captured:
             return out.logits[:, -1]
 
         batch.kv_cache.clear_unused(columns)
-        with batch.kv_cache.of_one_size(rows, columns, self.column):
+        with batch.kv_cache.fixed_size(rows, columns, self.column):
             self.replay, self.logits = record(forward)
 
     def __call__(self, token: Tensor, position: Tensor, column: int) -> Tensor:

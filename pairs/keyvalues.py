@@ -9,11 +9,12 @@ from bisect import bisect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-# What is kept of a text that was read: keys and values of each layer, (heads, tokens, head size).
-Kept = list[tuple[Tensor, Tensor]]
+# Of one text that was read: keys and values of each layer, (heads, tokens, head size).
+TextKeyValues = list[tuple[Tensor, Tensor]]
 
 
 class Layer(CacheLayerMixin):
@@ -24,7 +25,7 @@ class Layer(CacheLayerMixin):
     def __init__(self, rows: int, columns: int):
         super().__init__()
         self.rows, self.columns, self.length = rows, columns, 0
-        self.one_size: tuple[int, int, Tensor] | None = None  # see KeyValues.of_one_size
+        self.fixed_size: tuple[int, int, Tensor] | None = None  # see KeyValues.fixed_size
 
     def lazy_initialization(self, keys: Tensor, values: Tensor) -> None:
         """Room for keys and values like these."""
@@ -34,8 +35,8 @@ class Layer(CacheLayerMixin):
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Write what is new into the next columns. Returns all that is in use."""
-        if self.one_size is not None:
-            rows, columns, column = self.one_size
+        if self.fixed_size is not None:
+            rows, columns, column = self.fixed_size
             self.keys[:rows].index_copy_(2, column, keys)
             self.values[:rows].index_copy_(2, column, values)
             return self.keys[:rows, :, :columns], self.values[:rows, :, :columns]
@@ -62,29 +63,34 @@ class KeyValues(Cache):
     def __init__(self, rows: int, columns: int):
         super().__init__(layer_class_to_replicate=lambda: Layer(rows, columns))
 
-    def begin(self, texts: Sequence[Kept | None], counts: list[int], width: int) -> None:
-        """Fill `width` columns: row i ends in the first counts[i] tokens of texts[i] (0 of None)."""
+    def begin(self, texts: Sequence[TextKeyValues | None], counts: list[int], width: int,
+              text_of_row: Tensor) -> None:
+        """Fill `width` columns: row i ends in the first counts[j] tokens of texts[j], j = text_of_row[i].
+
+        Where a text is None, its count is 0.
+        """
         like = next(text for text in texts if text is not None)
         for number, (keys, values) in enumerate(like):
             layer = self.layer_class_to_replicate()
             layer.lazy_initialization(keys, values)
             layer.length = width
-            for i, (text, count) in enumerate(zip(texts, counts, strict=True)):
-                # Padding must be finite: it is multiplied by attention of zero.
-                layer.keys[i, :, :width - count] = layer.values[i, :, :width - count] = 0
-                if count > 0:
-                    layer.keys[i, :, width - count:width] = text[number][0][:, :count]
-                    layer.values[i, :, width - count:width] = text[number][1][:, :count]
+            for part, to in enumerate((layer.keys, layer.values)):
+                # Each text once. Padding must be finite: it is multiplied by attention of zero.
+                rows = to.new_zeros(len(texts), to.shape[1], width, to.shape[3])
+                for row, text, count in zip(rows, texts, counts, strict=True):
+                    if count > 0:
+                        row[:, width - count:] = text[number][part][:, :count]
+                to[:, :, :width] = rows.index_select(0, text_of_row)
             self.layers.append(layer)
 
-    def kept(self, row: int, count: int) -> Kept:
+    def copy_of(self, row: int, count: int) -> TextKeyValues:
         """A copy of the last `count` columns of a row."""
         if not self.layers:
             raise ValueError("the model leaves no keys and values")  # it is a recurrent one
         return [(layer.keys[row, :, layer.length - count:layer.length].clone(),
                  layer.values[row, :, layer.length - count:layer.length].clone()) for layer in self.layers]
 
-    def keep(self, rows: list[int]) -> list[int]:
+    def drop_all_but(self, rows: list[int]) -> list[int]:
         """Drop all but these rows, which ascend. Returns their new order.
 
         The last ones move into the places that become free, and the others stay where they are.
@@ -95,21 +101,26 @@ class KeyValues(Cache):
         for place, row in zip(free, moved, strict=True):
             order[place] = row
         for layer in self.layers:
-            for tensor in (layer.keys, layer.values):
-                tensor[free, :, :layer.length] = tensor[moved, :, :layer.length]
             layer.rows = len(rows)
+        if moved:
+            # Once for all layers, because a GPU is waited for when it is told indices.
+            free, moved = torch.tensor([free, moved], device=self.layers[0].keys.device)
+            for layer in self.layers:
+                for tensor in (layer.keys, layer.values):
+                    used = tensor[:, :, :layer.length]
+                    used.index_copy_(0, free, used.index_select(0, moved))
         return order
 
     @contextmanager
-    def of_one_size(self, rows: int, columns: int, column: Tensor) -> Iterator[None]:
+    def fixed_size(self, rows: int, columns: int, column: Tensor) -> Iterator[None]:
         """Here a model writes into the column that a tensor (1,) names, and reads these rows and columns."""
         for layer in self.layers:
-            layer.one_size = (rows, columns, column)
+            layer.fixed_size = (rows, columns, column)
         try:
             yield
         finally:
             for layer in self.layers:
-                layer.one_size = None
+                layer.fixed_size = None
 
     def clear_unused(self, columns: int) -> None:
         """Make the unused ones of the first `columns` finite."""

@@ -10,7 +10,7 @@ import random
 import re
 import sys
 from bisect import insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +23,7 @@ from runtime.messages import InputError, in_one_line, refuse_model
 from runtime.weights import FLOATS, reading
 
 from .batch import Batch, left_padded
-from .keyvalues import Kept, KeyValues, nearest
+from .keyvalues import KeyValues, TextKeyValues, nearest
 from .settings import Continuation, Settings
 
 Prompt = tuple[int, ...]  # of token ids
@@ -37,12 +37,14 @@ class LocalSampler:
     """
 
     def __init__(self, settings: Settings, tokenizer: Any):
-        cuda = torch.cuda.is_available()
-        self.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
+        self.device = local_device()
+        if self.device != "cpu":
+            torch.cuda.set_device(self.device)  # graphs are captured on the current one
         self.settings, self.tokenizer = settings, tokenizer
-        self.budget = settings.batch_tokens or (131072 if cuda else 16384)
+        self.budget = settings.batch_tokens or (16384 if self.device == "cpu" else 131072)
         self.is_checked = False  # that batches do not change what the model says
-        self.known: dict[Prompt, Kept] = {}  # what was read, the latest last
+        self.known: dict[Prompt, TextKeyValues] = {}  # what was read, the latest last
+        self.known_share = 0.5  # of the budget, that `known` may take
 
     @cached_property
     def model(self) -> Any:
@@ -108,8 +110,8 @@ class LocalSampler:
         """Raise InputError if the model answers otherwise in a batch than alone.
 
         Recurrent layers have no keys and values to go on from, and padding is text to some models. Texts
-        made of the prompt are read as `_draw` reads prompts, and as plain sequences. What only makes it
-        faster is given up where it changes the answers.
+        made of the prompt are read as `_draw` reads prompts, and as plain sequences. Graphs and ready masks
+        are only for speed; where answers change with them, they are not used.
         """
         problem = self._problem_of_batching(prompt)
         if problem and self.uses_graphs:
@@ -167,7 +169,7 @@ class LocalSampler:
         return most
 
     def _draw_or_none(self, wanted: list[tuple[list[int], str]]) -> list[Continuation] | None:
-        """The continuations of a batch, or None if memory runs out."""
+        """The continuations of a batch, or None if memory runs out though nothing is kept beside it."""
         can_free = len(self.known) > 0
         try:
             return self._draw(wanted)
@@ -177,6 +179,11 @@ class LocalSampler:
         # Outside of `except`, because the exception keeps the failed batch alive.
         self.known.clear()
         torch.cuda.empty_cache()
+        if can_free:
+            self.known_share /= 2  # or it would run out again, batch after batch
+            tqdm.write("out of memory: what was read before is dropped, less of it is kept from now on, and "
+                       "the batch is drawn again (a smaller --batch-tokens avoids this)", sys.stderr)
+            return self._draw_or_none(wanted)
         tqdm.write("out of memory: batches are halved (a smaller --batch-tokens avoids this)", sys.stderr)
         return None
 
@@ -200,9 +207,8 @@ class LocalSampler:
             if not stay:
                 break
             if len(stay) < len(alive):  # what has ended costs nothing from here on
-                order = batch.keep(stay)
+                order, token = batch.drop_all_but(stay, token)
                 alive = [alive[j] for j in order]
-                token = token[order]
             logits = self._read_token(token, batch)
 
         return [self._continuation(ids, new) for (ids, _), new in zip(wanted, new_tokens, strict=True)]
@@ -211,15 +217,16 @@ class LocalSampler:
         """A batch of these prompts, with room for `most` more tokens, and the next-token logits (N, V)."""
         different = list(dict.fromkeys(prompts))
         logits = self._read_prompts(different)
+        self._forget(set(different))  # before the batch takes its memory
         place = {prompt: i for i, prompt in enumerate(different)}
         of_sample = torch.tensor([place[prompt] for prompt in prompts], device=self.device)
 
-        counts = [len(prompt) for prompt in prompts]
-        width = max(counts)
+        width = max(map(len, prompts))
         kv_cache = KeyValues(len(prompts), width + most)
-        kv_cache.begin([self.known[prompt] for prompt in prompts], counts, width)
-        batch = Batch(self.model, kv_cache, counts, most, self.ready_masks)
-        return batch, logits[of_sample]
+        kv_cache.begin([self.known[prompt] for prompt in different], [len(prompt) for prompt in different],
+                       width, of_sample)
+        batch = Batch(self.model, kv_cache, [len(prompt) for prompt in prompts], most, self.ready_masks)
+        return batch, logits.index_select(0, of_sample)
 
     def _read_prompts(self, prompts: list[Prompt]) -> Tensor:
         """Next-token logits (N, V) of different prompts, whose keys and values are in `known` from then on.
@@ -254,7 +261,8 @@ class LocalSampler:
         kv_cache = KeyValues(len(group), width)
         if width > rest:
             texts = [self.known.get(text) for _, _, text in group]
-            kv_cache.begin(texts, [max(len(prompt) - rest, 0) for prompt in prompts], width - rest)
+            kv_cache.begin(texts, [max(len(prompt) - rest, 0) for prompt in prompts], width - rest,
+                           torch.arange(len(group), device=self.device))
 
         ids = torch.zeros(len(group), rest, dtype=torch.long)
         for row, prompt in zip(ids, prompts, strict=True):
@@ -268,16 +276,19 @@ class LocalSampler:
         for row, (_, prompt, text) in enumerate(group):
             if text in self.known:  # is used, so that it is forgotten later
                 self.known[text] = self.known.pop(text)
-            self.known[prompt] = kv_cache.kept(row, len(prompt))
+            self.known[prompt] = kv_cache.copy_of(row, len(prompt))
         return dict(zip(prompts, out.logits[:, -1], strict=True))
 
-    def _forget(self) -> None:
-        """Drop what was not used for longest, until the rest has no more tokens than half a batch."""
+    def _forget(self, needed: Collection[Prompt] = ()) -> None:
+        """Drop what was not used for longest and is not needed, until the rest has no more tokens than half
+        a batch, or less where memory has run out."""
         tokens = sum(map(len, self.known))
-        while tokens > self.budget // 2:
-            oldest = next(iter(self.known))
-            del self.known[oldest]
-            tokens -= len(oldest)
+        for text in list(self.known):
+            if tokens <= self.budget * self.known_share:
+                break
+            if text not in needed:
+                del self.known[text]
+                tokens -= len(text)
 
     def _read_token(self, token: Tensor, batch: Batch) -> Tensor:
         """Next-token logits (N, V) after one more token (N,) of each row."""
@@ -314,13 +325,16 @@ class LocalSampler:
     def _choose(self, logits: Tensor, numbers: list[float]) -> Tensor:
         """(N,) tokens by (N, V) logits: the likeliest, or by a uniform number each one of the nucleus."""
         top_p = self.settings.top_p
-        if not logits.sum(dtype=torch.float32).isfinite():  # as it is not if any is not
+        low, high = logits.aminmax()  # NaN if any is
+        if not low.isfinite().logical_and(high.isfinite()):
             raise InputError(f"{self.settings.model}: its logits are not finite, so nothing can be sampled")
         if self.settings.temperature == 0:
             return logits.argmax(-1)
         probabilities = (logits.float() / self.settings.temperature).softmax(-1)
 
-        size = 16  # the nucleus is nearly always small, so the whole vocabulary need not be sorted
+        # The nucleus is nearly always small, so the whole vocabulary need not be sorted. A GPU looks at more
+        # at once, because to ask whether that was enough is to wait for it.
+        size = 128 if logits.is_cuda else 16
         while True:
             best, tokens = probabilities.topk(min(size, probabilities.shape[1]))
             before = best.cumsum(-1) - best  # mass of all likelier tokens; the first is always in
@@ -338,6 +352,11 @@ class LocalSampler:
         before = self.tokenizer.decode(ids, skip_special_tokens=True)
         whole = self.tokenizer.decode(ids + new, skip_special_tokens=True)
         return Continuation(whole[len(before):], len(new), new[-1] not in self.end_tokens)
+
+
+def local_device() -> str:
+    """The GPU that is this process's under torchrun, the first one without it, or the CPU."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def of_similar_size(rests: list[tuple[int, Prompt, Prompt | None]]) -> list[list]:

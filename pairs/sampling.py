@@ -140,7 +140,8 @@ def graded_row(key: str, problem: Problem, prefix: str, drawn: Continuation) -> 
 
 # ----------------------------------------------------------------------------------------------- the samplers
 # A sampler has one method: sample(wanted) takes pairs of prompt ids and the name of the sample, and yields
-# lists of (index in wanted, Continuation) as they are made. Equal names give equal samples.
+# lists of (index in wanted, Continuation) as they are made. Equal names give equal samples. The other one,
+# LocalSampler, is in local.py.
 
 
 class ServerSampler:

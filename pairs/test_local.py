@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import pairs.local
+from conftest import needs_cuda
 from pairs import batch as batches
 from pairs.keyvalues import KeyValues, common, nearest
 from pairs.local import LocalSampler, of_similar_size
@@ -105,28 +107,43 @@ def test_nothing_is_padded_by_much_more_than_half(tiny, tokenizer, monkeypatch):
     assert all(max(group) <= 1.5 * min(group) + 8 for group in sizes) and len(sizes) < 12
 
 
-def test_no_more_is_kept_than_half_a_batch_and_the_latest(tiny, tokenizer):
-    sampler = local(tiny, tokenizer, batch_tokens=400)
+def test_no_more_is_kept_than_half_a_batch_and_the_latest(tiny, tokenizer, monkeypatch):
+    sampler, beside_batch = local(tiny, tokenizer, batch_tokens=400), []
+
+    def weigh(*args):
+        beside_batch.append(sum(map(len, sampler.known)))
+        return batches.Batch(*args)
+
+    monkeypatch.setattr(pairs.local, "Batch", weigh)
     prompts = texts(12, 40)
     for ids in prompts:
         draw(sampler, [(prompts[0] + ids[:5], "first"), (ids, "n")])
     kept = set(sampler.known)
-    assert 100 <= sum(map(len, kept)) <= 200
+    assert 100 <= sum(map(len, kept)) <= 200 and 100 <= max(beside_batch) <= 200
     assert tuple(prompts[-1]) in kept and tuple(prompts[1]) not in kept
 
 
-def test_when_memory_runs_out_what_is_kept_goes_before_a_sample_is_given_up(tiny, tokenizer, monkeypatch):
-    sampler = local(tiny, tokenizer)
+def test_when_memory_runs_out_what_is_kept_goes_before_batches_are_halved(tiny, tokenizer, monkeypatch,
+                                                                          capsys):
+    sampler, sizes = local(tiny, tokenizer, batch_tokens=400), []
     (known, wanted), begin = texts(2, 20), sampler._begin
     draw(sampler, [(known, "n")])
 
-    def fail_while_full(*args):
+    def fail_while_full(prompts, most):
+        sizes.append(len(prompts))
         if sampler.known:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return begin(*args)
+        return begin(prompts, most)
 
     monkeypatch.setattr(sampler, "_begin", fail_while_full)
-    assert len(draw(sampler, [(wanted, "n")])) == 1
+    for samples in (3, 1):
+        sizes.clear()
+        assert len(draw(sampler, named([wanted], samples))) == samples
+        assert sizes == [samples] * 2 and sampler.budget == 400
+        said = capsys.readouterr().err
+        assert said.count("what was read before is dropped") == 1 and "halved" not in said
+    assert sampler.budget * sampler.known_share == 50  # of 200, so that less is kept
+
     monkeypatch.setattr(sampler, "_begin", lambda *_: exec("raise RuntimeError('out of memory')"))
     sampler.known.clear()
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -138,11 +155,14 @@ def test_rows_that_stay_are_not_copied(tiny, tokenizer, monkeypatch):
     numbers = torch.arange(5.0)[:, None, None, None].expand(5, 2, 3, 4)
     kv_cache.update(numbers, -numbers, 0)
     memory = kv_cache.layers[0].keys.data_ptr()
-    order = kv_cache.keep([0, 3, 4])
+    order = kv_cache.drop_all_but([0, 3, 4])
     assert sorted(order) == [0, 3, 4] and order[0] == 0
     keys, values = kv_cache.update(torch.full((3, 2, 1, 4), 9.0), torch.full((3, 2, 1, 4), 9.0), 0)
     assert keys.shape == (3, 2, 4, 4) and keys.data_ptr() == memory
     assert keys[:, 0, 0, 0].tolist() == order and (keys[:, :, 3] == 9).all() and (values[:, :, 3] == 9).all()
+    assert (keys[:, :, :3] == -values[:, :, :3]).all()
+    assert kv_cache.drop_all_but([0, 1]) == [0, 1]  # nothing moves
+    assert kv_cache.update(keys[:2, :, :1], keys[:2, :, :1], 0)[0][:, 0, 0, 0].tolist() == order[:2]
 
 
 def test_the_nearest_text_is_the_one_with_most_in_common():
@@ -176,6 +196,13 @@ def test_a_model_that_needs_masks_of_its_own_makes_them(tiny, tokenizer, monkeyp
 
 # ----------------------------------------------------------------------------------------------------- graphs
 # Captured on a GPU only. Here torch.fx records the operations, which then run on the very same tensors too.
+
+
+def test_the_gpu_of_a_process_is_its_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(pairs.local, "local_device", lambda: "cuda:3")
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert LocalSampler(Settings("-"), None).device == "cuda:3" and current == ["cuda:3"]
 
 
 def record(forward):
@@ -230,8 +257,9 @@ def test_a_graph_that_says_something_else_is_not_used(tiny, tokenizer, monkeypat
     assert not sampler.uses_graphs
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_captured_on_a_gpu_the_samples_are_the_same(tiny, tokenizer):
+@needs_cuda
+def test_captured_on_cuda_the_samples_are_the_same(tiny, tokenizer, monkeypatch):
+    monkeypatch.setattr(pairs.local, "local_device", lambda: "cuda:0")  # in place of the CPU, see conftest.py
     wanted = named(rollouts(), 3)
     sampler = local(tiny, tokenizer, cuda_graphs=True, dtype="float32")
     assert draw(sampler, wanted) == draw(local(tiny, tokenizer, dtype="float32"), wanted)

@@ -496,8 +496,12 @@ def test_a_sample_ends_where_the_model_has_no_more_positions(tiny, tokenizer, tm
 
 def test_logits_that_are_not_finite_are_no_samples(tiny, tokenizer):
     sampler = LocalSampler(Settings(tiny, temperature=0.5), tokenizer)
-    with pytest.raises(InputError, match="its logits are not finite"):
-        sampler._choose(torch.tensor([[0.0, math.nan]]), [0.5])
+    for bad in (math.nan, math.inf, -math.inf):
+        with pytest.raises(InputError, match="its logits are not finite"):
+            sampler._choose(torch.tensor([[0.0, bad]]), [0.5])
+    # Some models set tokens that are forbidden to the lowest number there is.
+    lowest = torch.finfo(torch.float32).min
+    assert sampler._choose(torch.tensor([[lowest, 0.0, lowest, lowest]]), [0.5]).tolist() == [1]
 
 
 def test_no_pickled_weights_are_read(tiny, tokenizer, tmp_path):
