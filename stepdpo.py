@@ -43,8 +43,7 @@ from torch.utils.checkpoint import checkpoint
 import data
 from data import Batch, Pair
 from kernels import linear_logps
-from runtime import architectures, checkpoints, commands, offload, outputs, rows, startup, weights
-from runtime.gathering import gathered_once
+from runtime import architectures, checkpoints, commands, gathering, offload, outputs, rows, startup, weights
 from runtime.messages import InputError, print0, progress
 from runtime.startup import Run, local_device
 
@@ -198,7 +197,7 @@ def train_step(
     began = time.perf_counter()
     of_micro_batches = []
 
-    for own, batch in gathered_once(policy, micro_batches(pairs, indices, config), config):
+    for own, batch in gathering.gathered_once(policy, micro_batches(pairs, indices, config), config):
         losses, metrics = losses_and_metrics(policy(batch), reference[:, own], batch.span_lengths, config)
         of_micro_batches.append(metrics)
 
