@@ -131,12 +131,14 @@ class Punctual:
 
 def split(args: argparse.Namespace) -> None:
     """The rows of study.py: the last ones are held out, those before them choose rates."""
-    problems = [problem._asdict() for problem in read_problems(args.data)]
-    rows = make.only(problems, "dataset", "prompt", "answer")
+    problems = read_problems(args.data)
+    rows = make.only([problem._asdict() for problem in problems], "dataset", "prompt", "answer")
     if len(rows) <= args.dev + args.choose:
         sys.exit(f"one_gpu: {args.data} has {len(rows)} problems, and must have more than "
                  f"{args.dev + args.choose}")
-    make.write(f"{args.work}/train.jsonl", rows[:-args.dev - args.choose][:args.problems])
+    before = zip(rows[:-args.dev - args.choose], problems, strict=False)
+    short = [row for row, problem in before if study.is_short(problem.reference or "")]
+    make.write(f"{args.work}/train.jsonl", short[:args.problems])
     make.write(f"{args.work}/held_out.jsonl", rows[-args.dev - args.choose:])
 
 

