@@ -271,7 +271,7 @@ def predict(
 
     on_gpu, on_host = states_of(N / s, config.offload)
     shards = on_gpu.pop("gradients", 0) / N
-    always = partial(gradients_and_layers, place, config.gather_once, N, shards, b)
+    holds = partial(gradients_and_layers, place, config.gather_once, N, shards, b)
     if config.activation_checkpointing:
         kept_of_layer, recomputed = length * shape.hidden * b, in_backward
     else:
@@ -289,7 +289,7 @@ def predict(
         next_gathered = (P if before else 0 if tied else E) * ahead
         reduced_before = P if before < shape.layers - 1 else 0 if tied else E
         return {
-            **always(before * P + P + E, P + next_gathered + tied),
+            **holds(before * P + P + E, P + next_gathered + tied),
             "kept for backward": (before + 1) * kept_of_layer,
             "layer in backward": recomputed,
             "gradients of ends": tied * b,
@@ -297,19 +297,19 @@ def predict(
 
     moments = {
         "in the head's backward": {
-            **always(N, E + P * ahead), **kept, **tiles, "gradients of ends": E * b},
+            **holds(N, E + P * ahead), **kept, **tiles, "gradients of ends": E * b},
         # What is kept goes as gradients come, so the most is at one end.
         "in the last layer's backward": in_layer(shape.layers - 1),
         "in the last but one layer's backward": in_layer(max(0, shape.layers - 2)),
         "in the second layer's backward": in_layer(min(1, shape.layers - 1)),
         "in the first layer's backward": in_layer(0),
         "in the embedding's backward": {
-            **always(E, E), "reduce-scatter": 4 * P if are_reduced else 0,
+            **holds(E, E), "reduce-scatter": 4 * P if are_reduced else 0,
             # Autograd adds a tied weight's two gradients into a third tensor.
             "gradients of ends": (3 if tied else 1) * E * b},
     }
-    after_head = kept | always(N, P * ahead, E)
-    after_all = always(E, 0, E)
+    after_head = kept | holds(N, P * ahead, E)
+    after_all = holds(E, 0, E)
     moments |= of_an_end(place, config.gather_once, tied > 0, after_head, after_all, E, s, b)
     if on_host and cuda:
         _, visitors = states_of(2 * E / s, config.offload)
