@@ -98,6 +98,11 @@ def write_recipe(work: str) -> None:
     Path(f"{work}/args").write_text(recipe)
 
 
+def batch_for(rows: int, pairs: int, batch: int) -> int:
+    """How many rows to take at a time, to see all in as many optimizer steps as so many pairs in batches."""
+    return math.ceil(rows / data.steps_per_epoch(pairs, batch))
+
+
 def rows_of(args: argparse.Namespace, kind: str) -> str:
     """The file that a kind is trained on."""
     return f"{args.work}/{FILES.get(kind, kind)}.jsonl"
@@ -117,7 +122,7 @@ def trained(args: argparse.Namespace, kind: str, rate: str, seed: int) -> str:
     if kind == "sft":
         # So many rows to a batch that an epoch has as many optimizer steps as the others' have.
         rows = len(make.read(rows_of(args, kind)))
-        batch = math.ceil(rows / data.steps_per_epoch(rows, int(of_recipe("batch-size"))))
+        batch = batch_for(rows, rows, int(of_recipe("batch-size")))
         run(f"{out}.log", "demo/sft.py", "--model", MODEL, "--data", rows_of(args, kind), "--instruction", "",
             "--batch-size", str(batch), "--epochs", of_recipe("epochs"), "--learning-rate", rate,
             "--seed", str(seed), "--out", f"{out}/model")

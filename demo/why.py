@@ -11,7 +11,6 @@ repeated.
 """
 
 import argparse
-import math
 import os
 import re
 import shutil
@@ -22,7 +21,6 @@ import claims
 import make
 from errors import first_errors
 
-import data
 from bench.common import environment, write
 from pairs.problems import find_steps
 from runtime.commands import run_command
@@ -150,7 +148,7 @@ def trained(args: argparse.Namespace, name: str, seed: int) -> str:
     shutil.rmtree(out, ignore_errors=True)  # a run that was stopped
 
     pairs, batch = len(make.read(f"{make.HERE}/pairs.jsonl")), int(claims.of_recipe("batch-size"))
-    batch = math.ceil(len(make.read(path)) / data.steps_per_epoch(pairs, batch))
+    batch = claims.batch_for(len(make.read(path)), pairs, batch)
     shared = ["--model", start, "--data", path, "--batch-size", str(batch),
               "--learning-rate", rate, "--seed", str(seed)]
     if row.data.endswith("solutions"):

@@ -5,6 +5,7 @@ each goes into the next one. transformers' own cache makes new tensors for each 
 leaves; here all stays where it was once written.
 """
 
+import os
 from bisect import bisect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -135,10 +136,7 @@ class KeyValues(Cache):
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two texts have in common at their beginning."""
-    for i, (x, y) in enumerate(zip(a, b)):  # noqa: B905
-        if x != y:
-            return i
-    return min(len(a), len(b))
+    return len(os.path.commonprefix([a, b]))
 
 
 def nearest(ids: tuple[int, ...], texts: list[tuple[int, ...]]) -> tuple[tuple[int, ...] | None, int]:

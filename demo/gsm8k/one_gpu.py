@@ -43,13 +43,14 @@ from typing import Any
 import pieces
 import study
 import torch
-from claims import content_key, data, make, percent_gain, samples_of, share, write
+from claims import batch_for, content_key, make, percent_gain, samples_of, share, write
 
 from bench.common import announced_environment
 from pairs import __main__ as command
 from pairs.problems import read_problems
 from pairs.sampling import LocalSampler, Settings
 from runtime.commands import run_command
+from runtime.files import write_atomically
 from runtime.templates import read_tokenizer
 
 PARTS = ("pairs", "train", "after")  # which may be cut short
@@ -77,8 +78,7 @@ class Clock:
 
     def keep(self, **found: Any) -> None:
         self.known |= found
-        Path(f"{self.path}.writing").write_text(json.dumps(self.known))
-        os.replace(f"{self.path}.writing", self.path)
+        write_atomically(self.path, json.dumps(self.known))
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -222,7 +222,7 @@ def training(args: argparse.Namespace, arm: str, rate: str, out: str) -> list[st
               "--seed", "0", *in_words(args)]
     if arm == "sft":
         count = len(make.read(rows))
-        batch = math.ceil(count / data.steps_per_epoch(count, args.batch_size))
+        batch = batch_for(count, count, args.batch_size)
         dtype = "bf16" if args.dtype == "bfloat16" else "fp32"
         return ["demo/sft.py", *common, "--batch-size", str(batch), "--dtype", dtype,
                 "--export-dtype", "fp32", "--out", f"{out}/model"]

@@ -25,7 +25,6 @@ stopped at any time, and goes on by the same command. All models answer by llama
 import argparse
 import contextlib
 import gzip
-import math
 import os
 import shutil
 import socket
@@ -40,7 +39,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 import claims  # noqa: E402
 import make  # noqa: E402
-from claims import content_key, data, run_command  # noqa: E402
+from claims import content_key, run_command  # noqa: E402
 
 from pairs.problems import STEP_PREFIX, read_problems  # noqa: E402
 
@@ -215,7 +214,7 @@ def trained(args: argparse.Namespace, arm: str, rate: str, seed: int) -> str:
     if arm == "sft":
         # So many rows to a batch that an epoch has as many optimizer steps as the others' have.
         count = len(make.read(rows))
-        batch = math.ceil(count / data.steps_per_epoch(count, BATCH))
+        batch = claims.batch_for(count, count, BATCH)
         make.run(args.threads, "demo/sft.py", *common, "--batch-size", str(batch), "--epochs", str(EPOCHS),
                  "--export-dtype", "fp32", "--out", f"{out}/model")
     else:
